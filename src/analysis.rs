@@ -1,0 +1,4 @@
+//! What passes need to know about a graph.
+
+pub mod cost;
+pub mod shapes;

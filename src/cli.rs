@@ -1,0 +1,152 @@
+//! The command line: definitions alone.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Make a trained ONNX model smaller and faster, and prove that it still computes the same.
+///
+///     onnx-shrink IN OUT                          clean up without changing any answer
+///     onnx-shrink IN OUT --passes svd --data X    trade accuracy within a budget, measured on real inputs
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 not verified (nothing is written). `diff`: 0 same, 1 different, 2 trouble.
+#[derive(Debug, Parser)]
+#[command(
+    name = "onnx-shrink",
+    version,
+    verbatim_doc_comment,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+pub struct Cli {
+    /// The subcommand, if it is not the main job.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The main job.
+    #[command(flatten)]
+    pub shrink: Shrink,
+}
+
+/// What can be asked for besides the main job.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print what a model costs: nodes by operator, parameters, bytes, multiply-adds.
+    Inspect {
+        /// The model.
+        model: PathBuf,
+    },
+    /// Check that two models compute the same, and say by how much they differ.
+    Verify {
+        /// The original.
+        a: PathBuf,
+        /// The other.
+        b: PathBuf,
+        /// What they are run on.
+        #[command(flatten)]
+        feeds: Feeds,
+        /// The largest error over outputs.
+        #[arg(long, value_name = "E")]
+        max_error: Option<f64>,
+    },
+    /// List the passes, or explain one.
+    Passes {
+        /// The pass.
+        name: Option<String>,
+    },
+}
+
+/// What a model is run on.
+#[derive(Args, Debug, Clone, Default)]
+pub struct Feeds {
+    /// Samples: an .npz file with one array for each input, samples along the first axis.
+    #[arg(long, value_name = "FILE.npz")]
+    pub data: Option<PathBuf>,
+    /// An input that always has one value.
+    #[arg(long = "input", value_name = "NAME=VALUE", value_parser = fixed)]
+    pub inputs: Vec<(String, f64)>,
+    /// The shape of an input, for instance x=1x3x224x224.
+    #[arg(long = "shape", value_name = "NAME=DIMS", value_parser = shape)]
+    pub shapes: Vec<(String, Vec<usize>)>,
+}
+
+/// The main job.
+#[derive(Args, Debug)]
+pub struct Shrink {
+    /// The model to read; - is standard input.
+    #[arg(value_name = "IN", required = true)]
+    pub input: Option<PathBuf>,
+    /// Where to write the result, which may be IN; - is standard output.
+    #[arg(value_name = "OUT", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+    /// What to do: NAME[:KEY=VALUE]…,NAME…; `onnx-shrink passes` lists the names. `simplify` stands for all passes that
+    /// change no answer, `none` for nothing.
+    #[arg(long, value_name = "LIST", default_value = "simplify")]
+    pub passes: String,
+    /// What the model is run on.
+    #[command(flatten)]
+    pub feeds: Feeds,
+    /// Layers that lossy passes leave alone, by the name of a node or weight.
+    #[arg(long, value_name = "GLOB")]
+    pub keep: Vec<String>,
+    /// The largest error of lossy passes over outputs; 0.05 with --data, 0.10 without.
+    #[arg(long, value_name = "E", value_parser = positive)]
+    pub max_error: Option<f64>,
+    /// The largest share of samples whose top class may change.
+    #[arg(long, value_name = "F", value_parser = positive)]
+    pub max_flips: Option<f64>,
+    /// Write what was done as JSON; - is standard output.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Do everything but write the result.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write the result without checking it.
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Refuse a file with fields that this program does not know.
+    #[arg(long)]
+    pub strict: bool,
+    /// Write the result even if it is larger than the input.
+    #[arg(long)]
+    pub force: bool,
+    /// Keep initializers that are listed as inputs listed.
+    #[arg(long)]
+    pub keep_initializer_inputs: bool,
+    /// Say what was declined, and why.
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Say nothing but errors.
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+}
+
+impl Feeds {
+    /// The request for samples that these options make.
+    #[must_use]
+    pub fn request(&self) -> crate::verify::Request {
+        crate::verify::Request {
+            data: self.data.clone(),
+            fixed: self.inputs.iter().cloned().collect(),
+            shapes: self.shapes.iter().cloned().collect::<BTreeMap<_, _>>(),
+        }
+    }
+}
+
+fn fixed(text: &str) -> Result<(String, f64), String> {
+    let (name, value) = text.rsplit_once('=').ok_or("NAME=VALUE is wanted")?;
+    Ok((name.to_owned(), value.parse().map_err(|_| format!("`{value}` is no number"))?))
+}
+
+fn shape(text: &str) -> Result<(String, Vec<usize>), String> {
+    let (name, dims) = text.rsplit_once('=').ok_or("NAME=DIMS is wanted, for instance x=1x3x224x224")?;
+    let extent = |d: &str| d.parse().map_err(|_| format!("`{d}` is no extent"));
+    let dims = if dims.is_empty() { Vec::new() } else { dims.split('x').map(extent).collect::<Result<_, _>>()? };
+    Ok((name.to_owned(), dims))
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if value >= 0.0 => Ok(value),
+        _ => Err("a number that is not negative is wanted".to_owned()),
+    }
+}

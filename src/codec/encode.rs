@@ -1,0 +1,122 @@
+//! From a [`Graph`] to a message.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::Model;
+use crate::{
+    ir::{Graph, Kind, NodeId, Op, Origin, Outlet, fresh},
+    proto::{AttributeProto, GraphProto, ModelProto, NodeProto},
+};
+
+/// The first IR version in which an initializer need not be listed as an input.
+const UNLISTED_INITIALIZERS: i64 = 4;
+
+pub(super) fn model(model: &Model) -> ModelProto {
+    let graph = graph(&model.graph, &BTreeMap::new());
+    let mut proto = ModelProto { graph: Some(graph), ..model.rest.clone() };
+    if model.graph.edits() > 0 && proto.ir_version() < UNLISTED_INITIALIZERS {
+        proto.ir_version = Some(UNLISTED_INITIALIZERS);
+    }
+    proto
+}
+
+/// The message of `graph`; `outer` are the names of the values it captures, by number.
+fn graph(graph: &Graph, outer: &BTreeMap<u32, String>) -> GraphProto {
+    let names = Names::new(graph, outer);
+    let mut proto = graph.rest.clone();
+    // A file that nobody edited is written in its own order, sorted or not.
+    let order = if graph.edits() == 0 { graph.file_order() } else { graph.order() };
+    for id in order {
+        match graph.kind(id) {
+            Kind::Input | Kind::Capture(_) => {}
+            Kind::Sparse(sparse) => proto.sparse_initializer.push(sparse.as_ref().clone()),
+            Kind::Const(constant) => {
+                let mut tensor = constant.weight.value().to_proto();
+                match &constant.origin {
+                    Origin::Initializer => {
+                        tensor.name = Some(names.of(id.out()));
+                        proto.initializer.push(tensor);
+                    }
+                    Origin::Node { proto: node, payload } => {
+                        let mut payload = AttributeProto::clone(payload);
+                        if payload.name() == "value" {
+                            payload.t = Some(tensor);
+                        }
+                        let output = vec![names.of(id.out())];
+                        proto.node.push(NodeProto { output, attribute: vec![payload], ..node.as_ref().clone() });
+                    }
+                }
+            }
+            Kind::Op(op) => proto.node.push(node(graph, id, op, &names)),
+        }
+    }
+    proto.input = graph.inputs().iter().map(|input| input.info.clone()).collect();
+    proto.output = graph
+        .outputs()
+        .iter()
+        .map(|output| {
+            let mut info = output.info.clone();
+            if info.name() != names.of(output.value) {
+                info.name = Some(names.of(output.value));
+            }
+            info
+        })
+        .collect();
+    let known = graph.values();
+    let declared = |name: &str| graph.edits() == 0 || known.contains_key(name);
+    proto.value_info = graph.value_info.iter().filter(|info| declared(info.name())).cloned().collect();
+    proto
+}
+
+fn node(graph: &Graph, id: NodeId, op: &Op, names: &Names<'_>) -> NodeProto {
+    let mut proto = op.proto.clone();
+    proto.input = graph.operands(id).into_iter().map(|value| value.map_or_else(String::new, |v| names.of(v))).collect();
+    proto.output = (0..graph.output_count(id)).map(|slot| names.of(id.at(slot))).collect();
+    let captured = graph.captures(id).into_iter().map(|(i, value)| (i, names.of(value))).collect();
+    for body in &op.bodies {
+        let message = self::graph(&body.graph, &captured);
+        let Some(attribute) = proto.attribute.iter_mut().find(|a| a.name() == body.attribute) else { continue };
+        match body.index {
+            None => attribute.g = Some(message),
+            Some(_) => attribute.graphs.push(message),
+        }
+    }
+    proto
+}
+
+/// What the values of a graph are called in the file: their own names, but captured values have those of the outer
+/// graph, and a value that would hide one of these gets another.
+struct Names<'a> {
+    graph: &'a Graph,
+    changed: HashMap<Outlet, String>,
+}
+
+impl<'a> Names<'a> {
+    fn new(graph: &'a Graph, outer: &BTreeMap<u32, String>) -> Self {
+        let mut changed = HashMap::new();
+        let captured: HashSet<&String> = outer.values().collect();
+        for id in graph.node_ids() {
+            match graph.kind(id) {
+                Kind::Capture(i) => {
+                    if let Some(name) = outer.get(i) {
+                        changed.insert(id.out(), name.clone());
+                    }
+                }
+                _ => {
+                    for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
+                        let name = graph.name(value);
+                        if captured.contains(&name.to_owned()) {
+                            let taken = |n: &str| graph.names().contains(n) || captured.contains(&n.to_owned());
+                            changed.insert(value, fresh(name, taken));
+                        }
+                    }
+                }
+            }
+        }
+        Self { graph, changed }
+    }
+
+    fn of(&self, value: Outlet) -> String {
+        self.changed.get(&value).map_or_else(|| self.graph.name(value).to_owned(), Clone::clone)
+    }
+}

@@ -1,0 +1,182 @@
+//! Writing a model: whole or not at all.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+use tempfile::NamedTempFile;
+
+use super::{CodecError, MAX_MESSAGE, Model, map};
+use crate::{
+    ir::{Graph, Kind, Tensor},
+    proto::{GraphProto, ModelProto, StringStringEntryProto, TensorProto, tensor_proto::DataLocation},
+};
+
+/// Tensors below this many bytes stay inside the message: the entry that points elsewhere takes a tenth of it.
+const MIN_EXTERNAL: usize = 1024;
+
+/// What was written.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// Bytes in all.
+    pub bytes: usize,
+    /// The file with the large tensors, if the model needs one.
+    pub sidecar: Option<PathBuf>,
+}
+
+/// Writes `model` to `path` by renaming a complete temporary file, so that `path` is never half-written. The large
+/// tensors go to a file beside it where the input's did or where the message would pass 2 GiB.
+///
+/// # Errors
+///
+/// When the disk is full or the folder can't be written; `path` is then as it was.
+pub fn save(model: &Model, path: &Path) -> Result<Saved, CodecError> {
+    let io = |source| CodecError::Io { path: path.to_owned(), action: "written", source };
+    let mut proto = model.to_proto();
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut sidecar = None;
+    let mut bytes = 0;
+    if !model.source.external.is_empty() || proto.encoded_len() > MAX_MESSAGE {
+        let target = sidecar_path(model, path);
+        let mut file = NamedTempFile::new_in(folder).map_err(io)?;
+        bytes += externalize(&model.graph, &mut proto, &target, file.as_file_mut()).map_err(io)?;
+        sidecar = Some((file, target));
+    }
+    let file = NamedTempFile::new_in(folder).map_err(io)?;
+    bytes += write_message(&proto, file.as_file()).map_err(io)?;
+    let sidecar = match sidecar.filter(|_| bytes > proto.encoded_len()) {
+        Some((file, target)) => Some(persist(file, &target).map_err(io)?),
+        None => None,
+    };
+    persist(file, path).map_err(io)?;
+    Ok(Saved { bytes, sidecar })
+}
+
+/// Encodes into a mapped file whose space is reserved first: a full disk is an error here, not a crash later.
+fn write_message(proto: &ModelProto, file: &File) -> io::Result<usize> {
+    let len = proto.encoded_len();
+    if len == 0 {
+        return Ok(0);
+    }
+    let mut map = map::write(file, len)?;
+    proto.encode(&mut &mut map[..]).map_err(io::Error::other)?;
+    map.flush()?;
+    Ok(len)
+}
+
+/// Renames `file` to `target`, with the permissions of what it replaces, else those of any new file.
+fn persist(file: NamedTempFile, target: &Path) -> io::Result<PathBuf> {
+    if let Ok(metadata) = fs::metadata(target) {
+        file.as_file().set_permissions(metadata.permissions())?;
+    } else {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let mask = rustix::process::umask(rustix::fs::Mode::empty());
+            rustix::process::umask(mask);
+            file.as_file().set_permissions(fs::Permissions::from_mode(0o666 & !mask.as_raw_mode()))?;
+        }
+    }
+    file.persist(target).map_err(|error| error.error)?;
+    Ok(target.to_owned())
+}
+
+/// `model.onnx.data` beside `model.onnx`, unless that is a file that the input's data lies in.
+fn sidecar_path(model: &Model, path: &Path) -> PathBuf {
+    let candidate = |n: usize| {
+        let mut name = path.file_name().map_or_else(|| OsString::from("model.onnx"), ToOwned::to_owned);
+        name.push(if n == 1 { ".data".to_owned() } else { format!(".{n}.data") });
+        path.with_file_name(name)
+    };
+    let in_use = |path: &PathBuf| path.canonicalize().is_ok_and(|path| model.source.external.contains(&path));
+    (1..).map(candidate).find(|path| !in_use(path)).unwrap_or_else(|| candidate(1))
+}
+
+/// Writes the large tensors of `graph` to `file`, points `proto` there, and says how many bytes went.
+fn externalize(graph: &Graph, proto: &mut ModelProto, target: &Path, file: &mut File) -> io::Result<usize> {
+    let mut out = Sidecar {
+        location: target.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        file: io::BufWriter::new(file),
+        offset: 0,
+    };
+    if let Some(proto) = &mut proto.graph {
+        out.graph(graph, proto)?;
+    }
+    out.file.flush()?;
+    Ok(out.offset)
+}
+
+struct Sidecar<'a> {
+    location: String,
+    file: io::BufWriter<&'a mut File>,
+    offset: usize,
+}
+
+impl Sidecar<'_> {
+    fn graph(&mut self, graph: &Graph, proto: &mut GraphProto) -> io::Result<()> {
+        let values = graph.values();
+        let tensor_of = |name: &str| match graph.kind(values.get(name)?.node) {
+            Kind::Const(constant) => Some(constant.weight.value().clone()),
+            _ => None,
+        };
+        for initializer in &mut proto.initializer {
+            if let Some(tensor) = tensor_of(initializer.name()) {
+                self.tensor(&tensor, initializer)?;
+            }
+        }
+        for node in &mut proto.node {
+            let made = node.output.first().and_then(|name| values.get(name.as_str()).copied());
+            for attribute in &mut node.attribute {
+                if let (Some(message), Some(tensor)) =
+                    (&mut attribute.t, node.output.first().and_then(|name| tensor_of(name)))
+                {
+                    self.tensor(&tensor, message)?;
+                }
+                let bodies = made.and_then(|value| graph.op(value.node)).map_or(&[][..], |op| &op.bodies);
+                let held = attribute.name().to_owned();
+                for body in bodies.iter().filter(|body| body.attribute == held) {
+                    let message = match body.index {
+                        None => attribute.g.as_mut(),
+                        Some(index) => attribute.graphs.get_mut(index),
+                    };
+                    if let Some(message) = message {
+                        self.graph(&body.graph, message)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn tensor(&mut self, tensor: &Tensor, proto: &mut TensorProto) -> io::Result<()> {
+        if tensor.byte_len() < MIN_EXTERNAL && !tensor.is_external() || tensor.strings().is_some() {
+            return Ok(());
+        }
+        let bytes = tensor.bytes();
+        self.file.write_all(&bytes)?;
+        let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) };
+        let inline = TensorProto {
+            dims: std::mem::take(&mut proto.dims),
+            data_type: proto.data_type,
+            name: proto.name.take(),
+            doc_string: proto.doc_string.take(),
+            metadata_props: std::mem::take(&mut proto.metadata_props),
+            ..TensorProto::default()
+        };
+        *proto = TensorProto {
+            external_data: vec![
+                entry("location", self.location.clone()),
+                entry("offset", self.offset.to_string()),
+                entry("length", bytes.len().to_string()),
+            ],
+            data_location: Some(DataLocation::External as i32),
+            ..inline
+        };
+        self.offset += bytes.len();
+        Ok(())
+    }
+}

@@ -1,0 +1,274 @@
+//! Mutations of a [`Graph`]. Each counts as an edit; names of the interface survive all of them.
+
+use std::collections::HashSet;
+
+use petgraph::{Direction, visit::EdgeRef};
+
+use super::{Body, Const, Graph, Inlet, Input, Kind, Node, NodeId, Op, Origin, Outlet, Output, Weight, Wire};
+use crate::proto::ValueInfoProto;
+
+/// `base`, or the first of `base.2`, `base.3`, … that is not `taken`.
+pub(crate) fn fresh(base: &str, mut taken: impl FnMut(&str) -> bool) -> String {
+    if !base.is_empty() && !taken(base) {
+        return base.to_owned();
+    }
+    (2..).map(|n| format!("{base}.{n}")).find(|name| !taken(name)).unwrap_or_default()
+}
+
+impl Graph {
+    /// An empty graph over version `opset` of the standard operators.
+    #[must_use]
+    pub fn new(opset: i64) -> Self {
+        Self { opset, ..Self::default() }
+    }
+
+    /// Adds a node as a file has it: with these names, at this place.
+    pub(crate) fn add_node(&mut self, kind: Kind, outputs: Vec<String>, position: u64) -> NodeId {
+        self.names.extend(outputs.iter().filter(|name| !name.is_empty()).cloned());
+        NodeId(self.dag.add_node(Node { kind, outputs, position }))
+    }
+
+    /// Wires `value` into `inlet` of `node`, which is free.
+    pub(crate) fn wire(&mut self, value: Outlet, node: NodeId, inlet: Inlet) {
+        self.dag.add_edge(value.node.0, node.0, Wire { from: value.slot, to: inlet });
+    }
+
+    /// A name like `base` that no value has or had.
+    #[must_use]
+    pub fn fresh_name(&self, base: &str) -> String {
+        fresh(base, |name| self.names.contains(name))
+    }
+
+    /// Adds an operator fed by `operands`, that makes values called `names` or like it, at the place of `near`.
+    pub fn add_op(&mut self, mut op: Op, operands: &[Option<Outlet>], names: &[&str], near: NodeId) -> NodeId {
+        self.edits += 1;
+        op.arity = operands.len();
+        let mut outputs = Vec::with_capacity(names.len());
+        for name in names {
+            let name = self.fresh_name(name);
+            self.names.insert(name.clone());
+            outputs.push(name);
+        }
+        let id = self.add_node(Kind::Op(Box::new(op)), outputs, self.dag[near.0].position);
+        for (slot, operand) in (0..).zip(operands) {
+            if let Some(operand) = operand {
+                self.wire(*operand, id, Inlet::Slot(slot));
+            }
+        }
+        id
+    }
+
+    /// Adds an initializer called `name` or like it.
+    pub fn add_const(&mut self, weight: Weight, name: &str) -> Outlet {
+        self.edits += 1;
+        let name = self.fresh_name(name);
+        let constant = Const { weight, origin: Origin::Initializer, overridable: false };
+        self.add_node(Kind::Const(constant), vec![name], u64::MAX).out()
+    }
+
+    /// Declares an input or a constant an input of the graph.
+    pub(crate) fn push_input(&mut self, node: NodeId, info: ValueInfoProto) {
+        if let Kind::Const(constant) = &mut self.dag[node.0].kind {
+            constant.overridable = true;
+        }
+        self.inputs.push(Input { node, info });
+    }
+
+    /// Declares `value` an output of the graph; `info` carries its name.
+    pub(crate) fn push_output(&mut self, value: Outlet, info: ValueInfoProto) {
+        self.outputs.push(Output { value, info });
+    }
+
+    /// No longer lists constants as inputs, so that nobody can override them; says how many there were.
+    pub fn unlist_default_values(&mut self) -> usize {
+        let before = self.inputs.len();
+        let dag = &mut self.dag;
+        self.inputs.retain(|input| match &mut dag[input.node.0].kind {
+            Kind::Const(constant) => {
+                constant.overridable = false;
+                false
+            }
+            _ => true,
+        });
+        self.edits += (before - self.inputs.len()) as u64;
+        before - self.inputs.len()
+    }
+
+    /// Has everything that reads `old` read `new` instead. Where `old` is a graph output, `new` takes its name; where
+    /// `new` can't be renamed (an input, a constant, another output, or a name that annotations mention), an `Identity`
+    /// carries it.
+    pub fn replace_uses(&mut self, old: Outlet, new: Outlet) {
+        if old == new {
+            return;
+        }
+        self.edits += 1;
+        let moved: Vec<_> = self
+            .dag
+            .edges_directed(old.node.0, Direction::Outgoing)
+            .filter(|edge| edge.weight().from == old.slot)
+            .map(|edge| (edge.id(), NodeId(edge.target()), edge.weight().to))
+            .collect();
+        for (edge, target, to) in moved {
+            self.dag.remove_edge(edge);
+            self.wire(new, target, to);
+        }
+        if !self.is_output(old) {
+            return;
+        }
+        let name = self.name(old).to_owned();
+        let retired = self.fresh_name(&format!("{name}.replaced"));
+        self.rename(old, retired);
+        let carrier = if self.can_take_name(new) {
+            new
+        } else {
+            let identity = Op { arity: 1, ..Op::new("Identity") };
+            let id = self.add_node(Kind::Op(Box::new(identity)), vec![String::new()], self.dag[old.node.0].position);
+            self.wire(new, id, Inlet::Slot(0));
+            id.out()
+        };
+        self.rename(carrier, name);
+        for output in &mut self.outputs {
+            if output.value == old {
+                output.value = carrier;
+            }
+        }
+    }
+
+    /// Whether `value` can become the value of a graph output: it is an operator's, and its own name is not needed.
+    #[must_use]
+    pub fn can_take_name(&self, value: Outlet) -> bool {
+        self.op(value.node).is_some() && !self.is_output(value) && !self.is_pinned(value)
+    }
+
+    /// Makes the operator `node`, which has one result, the constant `weight` of the same name.
+    pub fn settle(&mut self, node: NodeId, weight: Weight) {
+        self.edits += 1;
+        let sources: Vec<_> = self.dag.neighbors_directed(node.0, Direction::Incoming).map(NodeId).collect();
+        let wires: Vec<_> = self.dag.edges_directed(node.0, Direction::Incoming).map(|edge| edge.id()).collect();
+        for wire in wires {
+            self.dag.remove_edge(wire);
+        }
+        self.dag[node.0].kind = Kind::Const(Const { weight, origin: Origin::Initializer, overridable: false });
+        for source in sources {
+            self.sweep(source);
+        }
+    }
+
+    fn rename(&mut self, value: Outlet, name: String) {
+        self.names.insert(name.clone());
+        self.dag[value.node.0].outputs[value.slot as usize] = name;
+    }
+
+    /// Has `node` read `operand` in `slot`, or nothing; trailing slots without an operand are dropped.
+    pub fn set_operand(&mut self, node: NodeId, slot: u32, operand: Option<Outlet>) {
+        self.edits += 1;
+        self.unwire(node, Inlet::Slot(slot));
+        if let Some(operand) = operand {
+            self.wire(operand, node, Inlet::Slot(slot));
+        }
+        let arity = self.operands(node).iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        if let Kind::Op(op) = &mut self.dag[node.0].kind {
+            op.arity = arity.max(slot as usize + usize::from(operand.is_some()));
+        }
+    }
+
+    /// Gives each `Capture(i)` the number `f(i)`.
+    pub(crate) fn renumber_captures(&mut self, f: impl Fn(u32) -> u32) {
+        for node in self.dag.node_weights_mut() {
+            if let Kind::Capture(i) = &mut node.kind {
+                *i = f(*i);
+            }
+        }
+    }
+
+    /// Drops the binding of captured value `i` of `node`, which no body reads.
+    pub fn drop_capture(&mut self, node: NodeId, i: u32) {
+        self.edits += 1;
+        self.unwire(node, Inlet::Captured(i));
+    }
+
+    fn unwire(&mut self, node: NodeId, inlet: Inlet) {
+        let wire = self.dag.edges_directed(node.0, Direction::Incoming).find(|edge| edge.weight().to == inlet);
+        if let Some(wire) = wire.map(|edge| edge.id()) {
+            self.dag.remove_edge(wire);
+        }
+    }
+
+    /// Edits the operator of `node` in place, if it is one.
+    pub fn edit_op(&mut self, node: NodeId, edit: impl FnOnce(&mut Op)) {
+        if let Kind::Op(op) = &mut self.dag[node.0].kind {
+            self.edits += 1;
+            edit(op);
+        }
+    }
+
+    /// The bodies of `node`, to be edited; their own edits count.
+    pub fn bodies_mut(&mut self, node: NodeId) -> &mut [Body] {
+        match &mut self.dag[node.0].kind {
+            Kind::Op(op) => &mut op.bodies,
+            _ => &mut [],
+        }
+    }
+
+    /// Gives the constant `value` another weight, if `value` is one that nothing but the caller's own rewrite reads.
+    pub fn set_weight(&mut self, value: Outlet, weight: Weight) {
+        if let Kind::Const(constant) = &mut self.dag[value.node.0].kind {
+            self.edits += 1;
+            constant.weight = weight;
+            constant.origin.hold_tensor();
+        }
+    }
+
+    /// Whether `node` can go: nothing reads it, it is no input that must be fed, and no annotation mentions it.
+    #[must_use]
+    pub fn is_dead(&self, node: NodeId) -> bool {
+        !matches!(self.kind(node), Kind::Input)
+            && self.dag.edges_directed(node.0, Direction::Outgoing).next().is_none()
+            && self.outputs.iter().all(|output| output.value.node != node)
+            && !(0..self.output_count(node)).any(|slot| self.is_pinned(node.at(slot)))
+    }
+
+    /// Removes `node` if it is dead, and whatever that leaves dead before it; says how many nodes went.
+    pub fn sweep(&mut self, node: NodeId) -> usize {
+        let (mut swept, mut stack) = (0, vec![node]);
+        while let Some(node) = stack.pop() {
+            if !self.contains(node) || !self.is_dead(node) {
+                continue;
+            }
+            stack.extend(self.dag.neighbors_directed(node.0, Direction::Incoming).map(NodeId));
+            let lost: u64 = self.op(node).map_or(0, |op| op.bodies.iter().map(|body| body.graph.edits()).sum::<u64>());
+            self.edits += 1 + lost;
+            self.inputs.retain(|input| input.node != node);
+            self.dag.remove_node(node.0);
+            swept += 1;
+        }
+        swept
+    }
+
+    /// Has no constant keep its data in another file.
+    pub(crate) fn inline_external(&mut self) {
+        for node in self.dag.node_weights_mut() {
+            match &mut node.kind {
+                Kind::Const(constant) if constant.weight.value().is_external() => {
+                    let dims = constant.weight.value().dims().to_vec();
+                    if let Some(inline) = constant.weight.reshape(&dims) {
+                        constant.weight = inline;
+                    }
+                }
+                Kind::Op(op) => op.bodies.iter_mut().for_each(|body| body.graph.inline_external()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Edits the declared types of values and outputs; those of inputs are the caller's contract.
+    pub(crate) fn edit_infos(&mut self, mut edit: impl FnMut(&mut ValueInfoProto)) {
+        self.value_info.iter_mut().for_each(&mut edit);
+        self.outputs.iter_mut().for_each(|output| edit(&mut output.info));
+    }
+
+    /// Names that are or were in use.
+    pub(crate) fn names(&self) -> &HashSet<String> {
+        &self.names
+    }
+}

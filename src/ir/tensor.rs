@@ -1,0 +1,439 @@
+//! Constant tensors, whose bytes are shared with the file they came from until a pass makes new ones.
+
+use std::{ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use half::{bf16, f16};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::proto::{TensorProto, tensor_proto::DataLocation};
+
+/// The element type of a tensor.
+pub use crate::proto::tensor_proto::DataType as DType;
+
+/// More elements than any memory holds: what dims beyond it say is a mistake, not a tensor.
+const MAX_ELEMENTS: usize = 1 << 40;
+
+/// A constant: an element type, a shape, and the elements in row-major order.
+///
+/// Cloning is cheap: the elements are shared.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    dtype: DType,
+    dims: Vec<usize>,
+    data: Data,
+}
+
+#[derive(Clone, Debug)]
+enum Data {
+    /// As the file holds it; `external` are its bytes where they lie in another file.
+    Carried { proto: Arc<TensorProto>, external: Option<Bytes> },
+    /// Little-endian bytes that a pass computed.
+    Made(Bytes),
+}
+
+/// What is wrong with a tensor in a file.
+#[derive(Debug, thiserror::Error)]
+pub enum TensorError {
+    /// The element type is not one of the format's.
+    #[error("element type {0} is unknown; the file may be newer than this program")]
+    DType(i32),
+    /// The shape is impossible.
+    #[error("shape {0:?} is impossible")]
+    Dims(Vec<i64>),
+    /// The data does not fill the shape.
+    #[error("shape {dims:?} of {dtype:?} needs {wanted} {unit} but the file holds {found}; it was cut or damaged")]
+    Length {
+        /// The shape.
+        dims: Vec<usize>,
+        /// The element type.
+        dtype: DType,
+        /// How many units the shape takes.
+        wanted: usize,
+        /// How many there are.
+        found: usize,
+        /// Bytes or elements.
+        unit: &'static str,
+    },
+}
+
+impl Tensor {
+    /// The tensor that `proto` describes; `external` are its bytes where it keeps them in another file.
+    ///
+    /// # Errors
+    ///
+    /// When its type is unknown, its shape impossible, or its data too short or too long for the shape.
+    pub fn carried(proto: TensorProto, external: Option<Bytes>) -> Result<Self, TensorError> {
+        let number = proto.data_type.unwrap_or_default();
+        let dtype = DType::try_from(number)
+            .ok()
+            .filter(|dtype| *dtype != DType::Undefined)
+            .ok_or(TensorError::DType(number))?;
+        let impossible = || TensorError::Dims(proto.dims.clone());
+        let dims = proto.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<Vec<_>>>();
+        let dims = dims.ok_or_else(impossible)?;
+        let count = dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d).filter(|&n| n <= MAX_ELEMENTS));
+        let count = count.ok_or_else(impossible)?;
+        let (wanted, found, unit) = match external.as_ref().or(proto.raw_data.as_ref()) {
+            Some(raw) if dtype != DType::String => (packed_len(dtype, count), raw.len(), "bytes"),
+            _ => {
+                let (per_element, found) = typed_len(&proto, dtype);
+                (per_element * typed_count(dtype, count), found, "elements")
+            }
+        };
+        if wanted != found {
+            return Err(TensorError::Length { dims, dtype, wanted, found, unit });
+        }
+        Ok(Self { dtype, dims, data: Data::Carried { proto: Arc::new(proto), external } })
+    }
+
+    /// A tensor of little-endian `bytes` computed by a pass; their length fits `dims`.
+    #[must_use]
+    pub fn made(dtype: DType, dims: &[usize], bytes: Bytes) -> Self {
+        debug_assert_eq!(packed_len(dtype, dims.iter().product()), bytes.len());
+        Self { dtype, dims: dims.to_vec(), data: Data::Made(bytes) }
+    }
+
+    /// A tensor of `FLOAT`.
+    #[must_use]
+    pub fn f32(dims: &[usize], values: &[f32]) -> Self {
+        Self::made(DType::Float, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    /// A tensor of `INT64`.
+    #[must_use]
+    pub fn i64(dims: &[usize], values: &[i64]) -> Self {
+        Self::made(DType::Int64, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    /// A tensor of the floating-point type `dtype`, each value rounded to it; `None` for other types.
+    #[must_use]
+    pub fn floats(dtype: DType, dims: &[usize], values: &[f64]) -> Option<Self> {
+        let bytes = match dtype {
+            DType::Float => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
+            DType::Double => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Float16 => values.iter().flat_map(|&v| f16::from_f64(v).to_le_bytes()).collect(),
+            DType::Bfloat16 => values.iter().flat_map(|&v| bf16::from_f64(v).to_le_bytes()).collect(),
+            _ => return None,
+        };
+        Some(Self::made(dtype, dims, bytes))
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn dims(&self) -> &[usize] {
+        &self.dims
+    }
+
+    /// How many elements there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// Whether there are no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many bytes the elements take, packed.
+    #[must_use]
+    pub fn byte_len(&self) -> usize {
+        match self.strings() {
+            Some(strings) => strings.iter().map(Bytes::len).sum(),
+            None => packed_len(self.dtype, self.len()),
+        }
+    }
+
+    /// Whether a pass computed the elements (they are not those of a file).
+    #[must_use]
+    pub fn is_made(&self) -> bool {
+        matches!(self.data, Data::Made(_))
+    }
+
+    /// The elements as packed little-endian bytes; empty for strings.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        match &self.data {
+            Data::Made(bytes) => bytes.clone(),
+            Data::Carried { external: Some(bytes), .. } => bytes.clone(),
+            Data::Carried { proto, .. } => match &proto.raw_data {
+                Some(raw) => raw.clone(),
+                None => typed_bytes(proto, self.dtype),
+            },
+        }
+    }
+
+    /// The elements of a tensor of strings.
+    #[must_use]
+    pub fn strings(&self) -> Option<&[Bytes]> {
+        match &self.data {
+            Data::Carried { proto, .. } if self.dtype == DType::String => Some(&proto.string_data),
+            _ => None,
+        }
+    }
+
+    /// The elements as `f32`, if they are of a floating-point type.
+    #[must_use]
+    pub fn f32s(&self) -> Option<Vec<f32>> {
+        let bytes = self.bytes();
+        Some(match self.dtype {
+            DType::Float => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            _ => self.f64s().filter(|_| is_float(self.dtype))?.into_iter().map(|v| v as f32).collect(),
+        })
+    }
+
+    /// The elements as `f64`, if they are of a floating-point type.
+    #[must_use]
+    pub fn f64s(&self) -> Option<Vec<f64>> {
+        let bytes = self.bytes();
+        Some(match self.dtype {
+            DType::Float => {
+                bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+            }
+            DType::Double => bytes.chunks_exact(8).map(|b| f64::from_le_bytes(array(b))).collect(),
+            DType::Float16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
+            DType::Bfloat16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
+            _ => return None,
+        })
+    }
+
+    /// The elements as `i64`, if they are integers of at least eight bits or booleans and all fit.
+    #[must_use]
+    pub fn i64s(&self) -> Option<Vec<i64>> {
+        let bytes = self.bytes();
+        Some(match self.dtype {
+            DType::Int64 => bytes.chunks_exact(8).map(|b| i64::from_le_bytes(array(b))).collect(),
+            DType::Int32 => {
+                bytes.chunks_exact(4).map(|b| i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+            }
+            DType::Int16 => bytes.chunks_exact(2).map(|b| i64::from(i16::from_le_bytes([b[0], b[1]]))).collect(),
+            DType::Int8 => bytes.iter().map(|&b| i64::from(b as i8)).collect(),
+            DType::Uint8 | DType::Bool => bytes.iter().map(|&b| i64::from(b)).collect(),
+            DType::Uint16 => bytes.chunks_exact(2).map(|b| i64::from(u16::from_le_bytes([b[0], b[1]]))).collect(),
+            DType::Uint32 => {
+                bytes.chunks_exact(4).map(|b| i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+            }
+            DType::Uint64 => {
+                let fits = |b: &[u8]| i64::try_from(u64::from_le_bytes(array(b))).ok();
+                bytes.chunks_exact(8).map(fits).collect::<Option<_>>()?
+            }
+            _ => return None,
+        })
+    }
+
+    /// The same elements in another shape of as many elements.
+    #[must_use]
+    pub fn reshape(&self, dims: &[usize]) -> Option<Self> {
+        if dims.iter().product::<usize>() != self.len() || self.dtype == DType::String {
+            return None;
+        }
+        Some(Self::made(self.dtype, dims, self.bytes()))
+    }
+
+    /// The slices `indices` along `axis`, in that order; `None` for types of less than a byte, or an index out of range.
+    #[must_use]
+    pub fn select(&self, axis: usize, indices: &[usize]) -> Option<Self> {
+        let size = self.element_size()?;
+        let extent = *self.dims.get(axis)?;
+        if indices.iter().any(|&i| i >= extent) {
+            return None;
+        }
+        let inner = self.dims[axis + 1..].iter().product::<usize>() * size;
+        let outer: usize = self.dims[..axis].iter().product();
+        let source = self.bytes();
+        let mut bytes = Vec::with_capacity(outer * indices.len() * inner);
+        for o in 0..outer {
+            for &i in indices {
+                bytes.extend_from_slice(&source[(o * extent + i) * inner..][..inner]);
+            }
+        }
+        let mut dims = self.dims.clone();
+        dims[axis] = indices.len();
+        Some(Self::made(self.dtype, &dims, bytes.into()))
+    }
+
+    /// Axis `k` of the result is axis `perm[k]` of this; `None` for types of less than a byte, or no permutation.
+    #[must_use]
+    pub fn permute(&self, perm: &[usize]) -> Option<Self> {
+        let size = self.element_size()?;
+        let mut sorted = perm.to_vec();
+        sorted.sort_unstable();
+        if !sorted.iter().copied().eq(0..self.dims.len()) {
+            return None;
+        }
+        let strides = strides(&self.dims);
+        let dims: Vec<_> = perm.iter().map(|&p| self.dims[p]).collect();
+        let strides: Vec<_> = perm.iter().map(|&p| strides[p]).collect();
+        let source = self.bytes();
+        let mut bytes = Vec::with_capacity(source.len());
+        for offset in offsets(&dims, &strides) {
+            bytes.extend_from_slice(&source[offset * size..][..size]);
+        }
+        Some(Self::made(self.dtype, &dims, bytes.into()))
+    }
+
+    /// Bytes of one element; `None` for strings and for types of less than a byte.
+    #[must_use]
+    pub fn element_size(&self) -> Option<usize> {
+        let bits = bits(self.dtype);
+        (bits >= 8).then_some(bits / 8)
+    }
+
+    /// The message that describes this tensor, with its data inside or where the file had it.
+    #[must_use]
+    pub fn to_proto(&self) -> TensorProto {
+        match &self.data {
+            Data::Carried { proto, .. } => TensorProto::clone(proto),
+            Data::Made(bytes) => TensorProto {
+                dims: self.dims.iter().map(|&d| d as i64).collect(),
+                data_type: Some(self.dtype as i32),
+                raw_data: Some(bytes.clone()),
+                ..TensorProto::default()
+            },
+        }
+    }
+
+    /// Whether the file kept the elements in another file.
+    #[must_use]
+    pub fn is_external(&self) -> bool {
+        matches!(&self.data, Data::Carried { proto, .. } if proto.data_location == Some(DataLocation::External as i32))
+    }
+
+    /// Whether both hold the same type, shape and bits.
+    #[must_use]
+    pub fn same(&self, other: &Self) -> bool {
+        self.dtype == other.dtype
+            && self.dims == other.dims
+            && match (self.strings(), other.strings()) {
+                (Some(a), Some(b)) => a == b,
+                (None, None) => self.bytes() == other.bytes(),
+                _ => false,
+            }
+    }
+
+    /// A hash of type, shape and bits, the same on every machine.
+    #[must_use]
+    pub fn hash(&self) -> u64 {
+        let mut key = vec![self.dtype as u64];
+        key.extend(self.dims.iter().map(|&d| d as u64));
+        match self.strings() {
+            Some(strings) => key.extend(strings.iter().map(|s| xxh3_64(s))),
+            None => key.push(xxh3_64(&self.bytes())),
+        }
+        xxh3_64(&key.iter().flat_map(|k| k.to_le_bytes()).collect::<Vec<_>>())
+    }
+}
+
+/// Elements each step along an axis skips, row-major.
+#[must_use]
+pub fn strides(dims: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; dims.len()];
+    for axis in (1..dims.len()).rev() {
+        strides[axis - 1] = strides[axis] * dims[axis];
+    }
+    strides
+}
+
+/// The offsets visited by walking `dims` in row-major order with `strides`.
+pub fn offsets(dims: &[usize], strides: &[usize]) -> impl Iterator<Item = usize> + use<> {
+    let total: usize = dims.iter().product();
+    let (dims, strides) = (dims.to_vec(), strides.to_vec());
+    let mut index = vec![0_usize; dims.len()];
+    let mut offset = 0_usize;
+    Range { start: 0, end: total }.map(move |_| {
+        let here = offset;
+        for axis in (0..dims.len()).rev() {
+            index[axis] += 1;
+            offset += strides[axis];
+            if index[axis] < dims[axis] {
+                break;
+            }
+            offset -= strides[axis] * dims[axis];
+            index[axis] = 0;
+        }
+        here
+    })
+}
+
+/// Bits of one element; 0 for strings.
+#[must_use]
+pub fn bits(dtype: DType) -> usize {
+    match dtype {
+        DType::Undefined | DType::String => 0,
+        DType::Uint2 | DType::Int2 => 2,
+        DType::Uint4 | DType::Int4 | DType::Float4e2m1 => 4,
+        DType::Float6e2m3 | DType::Float6e3m2 => 6,
+        DType::Uint8
+        | DType::Int8
+        | DType::Bool
+        | DType::Float8e4m3fn
+        | DType::Float8e4m3fnuz
+        | DType::Float8e5m2
+        | DType::Float8e5m2fnuz
+        | DType::Float8e8m0 => 8,
+        DType::Uint16 | DType::Int16 | DType::Float16 | DType::Bfloat16 => 16,
+        DType::Int32 | DType::Uint32 | DType::Float => 32,
+        DType::Int64 | DType::Uint64 | DType::Double | DType::Complex64 => 64,
+        DType::Complex128 => 128,
+    }
+}
+
+/// Whether `dtype` is one whose values [`Tensor::f32s`] can give.
+#[must_use]
+pub fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::Float | DType::Double | DType::Float16 | DType::Bfloat16)
+}
+
+fn packed_len(dtype: DType, count: usize) -> usize {
+    (count * bits(dtype)).div_ceil(8)
+}
+
+/// How many entries of the typed field hold `count` elements: sub-byte types are packed into bytes there too.
+fn typed_count(dtype: DType, count: usize) -> usize {
+    if (1..8).contains(&bits(dtype)) { packed_len(dtype, count) } else { count }
+}
+
+/// Entries for each element, and entries there, of the typed field that `dtype` is kept in.
+fn typed_len(proto: &TensorProto, dtype: DType) -> (usize, usize) {
+    match dtype {
+        DType::Float => (1, proto.float_data.len()),
+        DType::Complex64 => (2, proto.float_data.len()),
+        DType::Double => (1, proto.double_data.len()),
+        DType::Complex128 => (2, proto.double_data.len()),
+        DType::Int64 => (1, proto.int64_data.len()),
+        DType::Uint32 | DType::Uint64 => (1, proto.uint64_data.len()),
+        DType::String => (1, proto.string_data.len()),
+        _ => (1, proto.int32_data.len()),
+    }
+}
+
+fn typed_bytes(proto: &TensorProto, dtype: DType) -> Bytes {
+    match dtype {
+        DType::Float | DType::Complex64 => proto.float_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::Double | DType::Complex128 => proto.double_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::Int64 => proto.int64_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::Uint64 => proto.uint64_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::Uint32 => proto.uint64_data.iter().flat_map(|&v| (v as u32).to_le_bytes()).collect(),
+        DType::String => Bytes::new(),
+        _ => match bits(dtype) {
+            32 => proto.int32_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            16 => proto.int32_data.iter().flat_map(|&v| (v as u16).to_le_bytes()).collect(),
+            _ => proto.int32_data.iter().map(|&v| v as u8).collect(),
+        },
+    }
+}
+
+/// `bytes` as an array; they are as long as it is.
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(bytes);
+    array
+}

@@ -1,0 +1,155 @@
+//! Factorizations of weight matrices. nalgebra's `DMatrix` is the matrix type; the large products and decompositions
+//! run in faer on the same column-major memory, one after the other on one thread, so that they give the same bits each time.
+
+use faer::{MatRef, Side};
+use nalgebra::DMatrix;
+use rand_core::{Rng, SeedableRng};
+use rand_xoshiro::Xoshiro256PlusPlus;
+
+/// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).
+const OVERSAMPLING: usize = 10;
+/// Rounds of subspace iteration; two suffice for spectra that decay slowly (same source).
+const ROUNDS: usize = 2;
+/// Below this share of the smaller side, a wanted rank is found by subspace iteration, which costs O(rows·columns·rank).
+const RANDOMIZED_SHARE: f64 = 0.25;
+
+/// The leading left singular vectors of a matrix, and the energy of every direction that was looked at.
+#[derive(Clone, Debug)]
+pub struct Spectrum {
+    /// rows × k, orthonormal columns, the strongest first.
+    pub basis: DMatrix<f64>,
+    /// Squared singular values, descending.
+    pub energies: Vec<f64>,
+    /// The squared Frobenius norm of the matrix: the energy of all directions together.
+    pub total: f64,
+}
+
+impl Spectrum {
+    /// The spectrum of `matrix` (rows × columns, rows ≤ columns is cheapest): all of it, or only the first `rank`
+    /// directions where that is much less work.
+    #[must_use]
+    pub fn of(matrix: &DMatrix<f64>, rank: Option<usize>) -> Option<Self> {
+        let small = matrix.nrows().min(matrix.ncols());
+        match rank {
+            Some(rank) if ((rank + OVERSAMPLING) as f64) < RANDOMIZED_SHARE * small as f64 => {
+                Self::leading(matrix, rank)
+            }
+            _ if matrix.nrows() <= matrix.ncols() => Self::full(matrix),
+            _ => Self::tall(matrix),
+        }
+    }
+
+    /// Eigenvectors of M·Mᵀ.
+    fn full(matrix: &DMatrix<f64>) -> Option<Self> {
+        let m = view(matrix);
+        let (basis, energies) = eigen(&(m * m.transpose()))?;
+        Some(Self { basis, energies, total: matrix.norm_squared() })
+    }
+
+    /// Eigenvectors V of Mᵀ·M, mapped back: U = M·V, orthonormalized.
+    fn tall(matrix: &DMatrix<f64>) -> Option<Self> {
+        let m = view(matrix);
+        let (right, energies) = eigen(&(m.transpose() * m))?;
+        let basis = orthonormal(&(m * view(&right)));
+        Some(Self { basis, energies, total: matrix.norm_squared() })
+    }
+
+    /// Subspace iteration from a fixed seed (Halko, Martinsson & Tropp 2011).
+    fn leading(matrix: &DMatrix<f64>, rank: usize) -> Option<Self> {
+        let m = view(matrix);
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(0);
+        let start = DMatrix::from_fn(matrix.ncols(), rank + OVERSAMPLING, |_, _| normal(&mut random));
+        let mut q = orthonormal(&(m * view(&start)));
+        for _ in 0..ROUNDS {
+            let back = orthonormal(&(m.transpose() * view(&q)));
+            q = orthonormal(&(m * view(&back)));
+        }
+        let inner = view(&q).transpose() * m;
+        let (turn, energies) = eigen(&(&inner * inner.transpose()))?;
+        let basis = owned((view(&q) * view(&turn)).as_ref()).columns(0, rank).into_owned();
+        Some(Self { basis, energies: energies[..rank].to_vec(), total: matrix.norm_squared() })
+    }
+
+    /// The energy outside the first `rank` directions: the least squared error of any matrix of that rank (Eckart &
+    /// Young 1936).
+    #[must_use]
+    pub fn tail(&self, rank: usize) -> f64 {
+        (self.total - self.energies.iter().take(rank).sum::<f64>()).max(0.0)
+    }
+
+    /// The factors of the best approximation of `matrix` of rank `rank`: rows × rank and rank × columns.
+    #[must_use]
+    pub fn factors(&self, matrix: &DMatrix<f64>, rank: usize) -> (DMatrix<f64>, DMatrix<f64>) {
+        let left = self.basis.columns(0, rank).into_owned();
+        let right = owned((view(&left).transpose() * view(matrix)).as_ref());
+        (left, right)
+    }
+}
+
+/// A draw from the standard normal distribution (Box & Muller 1958), the same on every machine.
+pub fn normal(random: &mut impl Rng) -> f64 {
+    let unit = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+    let (a, b) = (unit(random.next_u64()), unit(random.next_u64()));
+    libm::sqrt(-2.0 * libm::log(a)) * libm::cos(std::f64::consts::TAU * b)
+}
+
+fn view(matrix: &DMatrix<f64>) -> MatRef<'_, f64> {
+    MatRef::from_column_major_slice(matrix.as_slice(), matrix.nrows(), matrix.ncols())
+}
+
+fn owned(matrix: MatRef<'_, f64>) -> DMatrix<f64> {
+    DMatrix::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)])
+}
+
+/// An orthonormal basis of the columns of `matrix`, which has at least as many rows.
+fn orthonormal(matrix: &faer::Mat<f64>) -> DMatrix<f64> {
+    owned(matrix.qr().compute_thin_Q().as_ref())
+}
+
+/// Eigenvectors and eigenvalues of a symmetric matrix, the largest first; `None` if the iteration fails.
+fn eigen(matrix: &faer::Mat<f64>) -> Option<(DMatrix<f64>, Vec<f64>)> {
+    let eigen = matrix.self_adjoint_eigen(Side::Lower).ok()?;
+    let (vectors, values) = (eigen.U(), eigen.S().column_vector());
+    let n = matrix.nrows();
+    let basis = DMatrix::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]);
+    Some((basis, (0..n).rev().map(|i| values[i].max(0.0)).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(rows: usize, columns: usize, rank: usize) -> DMatrix<f64> {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(7);
+        let a = DMatrix::from_fn(rows, rank, |_, _| normal(&mut random));
+        let b = DMatrix::from_fn(rank, columns, |_, _| normal(&mut random));
+        a * b
+    }
+
+    #[test]
+    fn spectra_agree_with_the_reference_svd() {
+        for (rows, columns) in [(7, 12), (12, 7), (9, 9)] {
+            let matrix = sample(rows, columns, 20);
+            let spectrum = Spectrum::of(&matrix, None).unwrap();
+            let reference = matrix.clone().svd(false, false).singular_values;
+            for (energy, sigma) in spectrum.energies.iter().zip(reference.iter()) {
+                assert!((energy - sigma * sigma).abs() < 1e-9 * spectrum.total, "{energy} {sigma}");
+            }
+            for rank in 1..=7 {
+                let (left, right) = spectrum.factors(&matrix, rank);
+                let error = (&matrix - left * right).norm_squared();
+                assert!((error - spectrum.tail(rank)).abs() < 1e-9 * spectrum.total, "rank {rank}");
+            }
+        }
+    }
+
+    #[test]
+    fn subspace_iteration_finds_an_exact_low_rank() {
+        let matrix = sample(120, 90, 5);
+        let spectrum = Spectrum::of(&matrix, Some(5)).unwrap();
+        assert_eq!(spectrum.basis.ncols(), 5);
+        let (left, right) = spectrum.factors(&matrix, 5);
+        assert!((&matrix - left * right).norm() < 1e-9 * matrix.norm());
+        assert!(spectrum.tail(5) < 1e-12 * spectrum.total && spectrum.tail(4) > 1e-3 * spectrum.total);
+    }
+}

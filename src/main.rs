@@ -1,0 +1,258 @@
+//! The command: the only place that prints, exits or creates the output file.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::{
+    fs,
+    io::{self, IsTerminal, Read, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use onnx_shrink::{
+    analysis::cost::Cost,
+    cli::{Cli, Command, Feeds, Shrink},
+    codec::{Model, save},
+    pass::Fidelity,
+    passes::{PASSES, find},
+    pipeline,
+    shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
+    verify::{Cannot, DataError, Reference, Samples, Split, catches_panics},
+};
+
+/// Exit codes of the command.
+mod exit {
+    pub(crate) const FAILED: u8 = 1;
+    pub(crate) const USAGE: u8 = 2;
+    pub(crate) const NOT_VERIFIED: u8 = 3;
+}
+
+fn main() -> ExitCode {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !catches_panics() {
+            tell(panic);
+        }
+    }));
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Some(Command::Inspect { model }) => inspect(&model),
+        Some(Command::Verify { a, b, feeds, max_error }) => verify(&a, &b, &feeds, max_error),
+        Some(Command::Passes { name }) => explain(name.as_deref()),
+        None => run(&cli.shrink),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {}", chain(&error));
+        let not_verified = error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_verification)
+            || error.downcast_ref::<Cannot>().is_some();
+        ExitCode::from(if not_verified { exit::NOT_VERIFIED } else { exit::FAILED })
+    })
+}
+
+/// The messages of an error and its causes; one that repeats its cause is left out.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        }
+    }
+    text
+}
+
+/// The main job.
+fn run(options: &Shrink) -> anyhow::Result<ExitCode> {
+    let items = match pipeline::parse(&options.passes) {
+        Ok(items) => items,
+        Err(error) => {
+            eprintln!("error: --passes: {error}");
+            return Ok(ExitCode::from(exit::USAGE));
+        }
+    };
+    let mut keep = globset::GlobSetBuilder::new();
+    for glob in &options.keep {
+        keep.add(globset::Glob::new(glob).context("--keep")?);
+    }
+    let Some(input) = &options.input else { bail!("IN is missing; see --help") };
+    let model = read(input)?;
+    if model.unknown_bytes() > 0 {
+        let lost = format!("{} bytes of the file are in fields that this program does not know", model.unknown_bytes());
+        if options.strict {
+            bail!("{}: {lost}; leave out --strict to drop them", input.display());
+        }
+        eprintln!("warning: {}: {lost}; they are dropped (--strict refuses)", input.display());
+    }
+    let job = Job {
+        items,
+        request: options.feeds.request(),
+        max_error: options.max_error,
+        max_flips: options.max_flips,
+        keep: keep.build().context("--keep")?,
+        keep_initializer_inputs: options.keep_initializer_inputs,
+        verify: !options.no_verify,
+    };
+    let bar = progress(options.quiet);
+    let (result, mut report) = shrink(&model, &job, &mut |what| bar.set_message(what.to_owned()))?;
+    bar.finish_and_clear();
+    let larger = report.after.bytes > model.source_bytes() && !options.force;
+    if larger {
+        report
+            .notes
+            .push("the result would be larger than the input, so the input was kept; --force overrides".to_owned());
+    }
+    if let (Some(output), false) = (&options.output, options.dry_run) {
+        write(if larger { &model } else { &result }, output)?;
+    }
+    if larger {
+        report.after = report.before.clone();
+    }
+    if !options.quiet {
+        eprint!("{}", table(&report, options.verbose));
+    }
+    if let Some(path) = &options.report {
+        let json = serde_json::to_string_pretty(&report)? + "\n";
+        if path.as_os_str() == "-" {
+            print!("{json}");
+        } else {
+            fs::write(path, json).with_context(|| format!("{}: cannot be written", path.display()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn progress(quiet: bool) -> ProgressBar {
+    if quiet || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+fn read(path: &Path) -> anyhow::Result<Model> {
+    if path.as_os_str() == "-" {
+        let mut bytes = Vec::new();
+        io::stdin().read_to_end(&mut bytes).context("standard input cannot be read")?;
+        return Model::decode(bytes.into(), None).context("standard input");
+    }
+    Model::open(path).with_context(|| path.display().to_string())
+}
+
+fn write(model: &Model, path: &PathBuf) -> anyhow::Result<()> {
+    if path.as_os_str() == "-" {
+        return io::stdout().write_all(&model.encode()).context("standard output cannot be written");
+    }
+    save(model, path)?;
+    Ok(())
+}
+
+/// The before/after table.
+fn table(report: &Report, verbose: bool) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    let change = |before: f64, after: f64| if before > 0.0 { (after / before - 1.0) * 100.0 } else { 0.0 };
+    let mut row = |what: &str, before: u64, after: u64| {
+        let _ = writeln!(text, "{what:<16} {before:>14} {after:>14} {:>+8.1} %", change(before as f64, after as f64));
+    };
+    let (a, b) = (&report.before, &report.after);
+    row("nodes", a.node_count() as u64, b.node_count() as u64);
+    for op in a.nodes.keys().chain(b.nodes.keys().filter(|op| !a.nodes.contains_key(*op))) {
+        let count = |cost: &Cost| cost.nodes.get(op).copied().unwrap_or_default() as u64;
+        if count(a) != count(b) {
+            row(&format!("  {op}"), count(a), count(b));
+        }
+    }
+    row("parameters", a.parameters as u64, b.parameters as u64);
+    row("bytes", a.bytes as u64, b.bytes as u64);
+    row("MACs", a.macs, b.macs);
+    if !report.passes.is_empty() {
+        let _ = writeln!(text, "\npass                    bytes  what it did");
+    }
+    for outcome in &report.passes {
+        let _ = writeln!(text, "{outcome}");
+        for declined in outcome.declined.iter().filter(|_| verbose) {
+            let _ = writeln!(text, "    declined {declined}");
+        }
+        if !outcome.declined.is_empty() && !verbose {
+            let _ = writeln!(text, "    {} declined; -v says why", outcome.declined.len());
+        }
+    }
+    if let Some(difference) = &report.difference {
+        let inputs = if report.random_inputs { "random inputs" } else { "samples" };
+        let _ = write!(text, "\nerror {:.2e} on {} {inputs} not seen before", difference.error, difference.samples);
+        if let Some(budget) = report.budget {
+            let _ = write!(text, ", budget {budget}");
+        }
+        let _ = writeln!(text, "; top class changed on {:.1} %", difference.flips * 100.0);
+        for name in &difference.unexercised {
+            let _ = writeln!(text, "note: output `{name}` hardly varies over these inputs, so it was not judged");
+        }
+    }
+    for note in &report.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text
+}
+
+fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
+    let model = read(path)?;
+    let cost = Cost::of(&model, &std::collections::BTreeMap::new());
+    println!("nodes      {}", cost.node_count());
+    for (op, count) in &cost.nodes {
+        println!("  {op} {count}");
+    }
+    println!(
+        "parameters {}\nbytes      {}\nMACs       {} where shapes are known",
+        cost.parameters, cost.bytes, cost.macs
+    );
+    println!("IR version {}", model.ir_version());
+    for (domain, version) in model.opsets() {
+        println!("opset      {} {version}", if domain.is_empty() { "ai.onnx" } else { domain });
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::Result<ExitCode> {
+    let (first, second) = (read(a)?, read(b)?);
+    let samples = Samples::gather(&first, &feeds.request()).map_err(|error: DataError| error)?;
+    if let Some(why) = samples.unrunnable {
+        return Err(ShrinkError::Unrunnable(why).into());
+    }
+    let inputs = [Split::Fit, Split::Search, Split::Last].into_iter().flat_map(|part| samples.part(part)).collect();
+    let difference = Reference::new(&first, inputs)?.compare(&second)?;
+    println!("{}", serde_json::to_string_pretty(&difference)?);
+    let budget = max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
+    // Written so that NaN fails.
+    if difference.error <= budget {
+        Ok(ExitCode::SUCCESS)
+    } else {
+        Err(ShrinkError::Differs { found: difference.error, budget }.into())
+    }
+}
+
+fn explain(name: Option<&str>) -> anyhow::Result<ExitCode> {
+    let Some(name) = name else {
+        for pass in PASSES {
+            let fidelity = match pass.fidelity {
+                Fidelity::Exact => "exact",
+                Fidelity::Rounding => "rounding",
+                Fidelity::Lossy => "lossy",
+            };
+            println!("{:<16} {fidelity:<9} {}", pass.name, pass.summary());
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
+    match find(name) {
+        Some(pass) => {
+            print!("{}", pass.help());
+            Ok(ExitCode::SUCCESS)
+        }
+        None => bail!("there is no pass `{name}`; `onnx-shrink passes` lists them"),
+    }
+}

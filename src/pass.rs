@@ -1,0 +1,176 @@
+//! What a pass is, and how it is declared and given its options.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use globset::GlobSet;
+use serde::Serialize;
+
+use crate::{analysis::shapes::Shapes, ir::Graph, linalg::Spectrum};
+
+/// What a pass may do to the values a model computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fidelity {
+    /// Nothing: outputs stay bit for bit the same.
+    Exact,
+    /// Reassociate arithmetic: outputs stay the same to a few rounding errors.
+    Rounding,
+    /// Approximate: outputs change, and the budget says by how much they may.
+    Lossy,
+}
+
+/// A rewrite of the graph.
+///
+/// A pass is a plain struct. Its fields are its options, its doc comment is its help, and its place in
+/// [`PASSES`](crate::passes::PASSES) is its registration.
+pub trait Pass: fmt::Debug {
+    /// Rewrites `graph`.
+    ///
+    /// # Errors
+    ///
+    /// When the pass cannot go on; the pipeline then drops whatever it had done. A pattern that does not match is not
+    /// an error.
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()>;
+
+    /// Whether an option fixes how much it does, so that the budget does not drive it.
+    fn is_fixed(&self) -> bool {
+        true
+    }
+}
+
+/// A pass as the command line knows it.
+pub trait Declare: Pass + clap::Parser + Sized + 'static {
+    /// The word that stands for it in `--passes`.
+    const NAME: &'static str;
+    /// What it may do to the model's outputs.
+    const FIDELITY: Fidelity;
+}
+
+/// An entry of [`PASSES`](crate::passes::PASSES).
+#[derive(Debug)]
+pub struct PassInfo {
+    /// See [`Declare::NAME`].
+    pub name: &'static str,
+    /// See [`Declare::FIDELITY`].
+    pub fidelity: Fidelity,
+    build: fn(&[String]) -> Result<Box<dyn Pass>, clap::Error>,
+    command: fn() -> clap::Command,
+}
+
+impl PassInfo {
+    /// The entry of `P`.
+    #[must_use]
+    pub const fn of<P: Declare>() -> Self {
+        Self {
+            name: P::NAME,
+            fidelity: P::FIDELITY,
+            build: |argv| Ok(Box::new(P::try_parse_from(argv)?)),
+            command: P::command,
+        }
+    }
+
+    /// The pass, with the options written `:key=value…` after its name.
+    ///
+    /// # Errors
+    ///
+    /// When an option is unknown or its value does not parse.
+    pub fn build(&self, options: &[&str]) -> Result<Box<dyn Pass>, clap::Error> {
+        let options = options.iter().map(|option| format!("--{option}"));
+        let argv: Vec<_> = std::iter::once(self.name.to_owned()).chain(options).collect();
+        (self.build)(&argv)
+    }
+
+    /// Its first line of help.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        (self.command)().get_about().map(ToString::to_string).unwrap_or_default()
+    }
+
+    /// Its whole help, options as they are written in `--passes`.
+    #[must_use]
+    pub fn help(&self) -> String {
+        let command = (self.command)();
+        let about = command.get_long_about().or(command.get_about()).map(ToString::to_string).unwrap_or_default();
+        let mut text = format!("{}\n\n{about}\n", self.name);
+        let options: Vec<_> = command.get_arguments().filter(|a| a.get_long().is_some_and(|l| l != "help")).collect();
+        if !options.is_empty() {
+            text.push_str("\nOptions\n");
+        }
+        for option in options {
+            let help = option.get_long_help().or(option.get_help()).map(ToString::to_string).unwrap_or_default();
+            let long = option.get_long().unwrap_or_default();
+            text.push_str(&format!("\n  :{long}=…\n      {}\n", help.replace('\n', "\n      ")));
+        }
+        text
+    }
+}
+
+/// What a pass may use besides the graph, and where it leaves word of what it did.
+#[derive(Debug, Default)]
+pub struct Context {
+    /// The input shapes at which the model is verified, by input name.
+    pub bound: BTreeMap<String, Vec<usize>>,
+    /// Nodes and weights that no lossy pass may touch.
+    pub keep: GlobSet,
+    /// Predicted error that the pass may add for each byte that it saves, for a pass that the budget drives.
+    pub price: f64,
+    /// The error that the pass predicts: relative, squared, summed over layers.
+    pub predicted: f64,
+    /// What it did, for the report: `("layers factored", 3)`.
+    pub tally: BTreeMap<&'static str, u64>,
+    /// What it left alone, and why.
+    pub declined: Vec<String>,
+    /// Spectra by the hash of their weight: they are the same at every price.
+    pub(crate) spectra: BTreeMap<u64, Arc<Spectrum>>,
+}
+
+impl Context {
+    /// Counts one more of `what`.
+    pub fn count(&mut self, what: &'static str) {
+        self.add(what, 1);
+    }
+
+    /// Counts `n` more of `what`, if there are any.
+    pub fn add(&mut self, what: &'static str, n: usize) {
+        if n > 0 {
+            *self.tally.entry(what).or_default() += n as u64;
+        }
+    }
+
+    /// Notes that something was left alone.
+    pub fn decline(&mut self, what: &str, why: &str) {
+        self.declined.push(format!("{what}: {why}"));
+    }
+
+    /// Whether `--keep` names any of these.
+    #[must_use]
+    pub fn is_kept(&self, names: &[&str]) -> bool {
+        names.iter().any(|name| self.keep.is_match(name))
+    }
+
+    /// The shapes of `graph` at the verified input shapes.
+    #[must_use]
+    pub fn shapes(&self, graph: &Graph) -> Shapes {
+        Shapes::infer(graph, &self.bound)
+    }
+
+    /// Forgets what the last pass left, but not what holds for the model.
+    pub(crate) fn reset(&mut self, price: f64) {
+        self.price = price;
+        self.predicted = 0.0;
+        self.tally.clear();
+        self.declined.clear();
+    }
+}
+
+/// Runs `f` on `graph` and on every body in it, outer ones first.
+pub fn everywhere(graph: &mut Graph, f: &mut impl FnMut(&mut Graph)) {
+    f(graph);
+    let holders: Vec<_> =
+        graph.order().into_iter().filter(|&id| graph.op(id).is_some_and(|op| !op.bodies.is_empty())).collect();
+    for id in holders {
+        for body in graph.bodies_mut(id) {
+            everywhere(&mut body.graph, f);
+        }
+    }
+}

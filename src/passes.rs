@@ -1,0 +1,28 @@
+//! The passes: one a file, one visible list.
+
+mod dead_nodes;
+mod dedupe;
+mod fold_constants;
+mod fuse_batch_norm;
+mod identity;
+mod svd;
+
+use crate::pass::PassInfo;
+
+/// All passes. The exact and rounding ones stand in the order in which `simplify` runs them: what is dead goes first
+/// since it would be work for the others, identities before folding since they hide constants, folding before merging
+/// since it makes equal constants, and fusion last since it needs its operands to be plain constants.
+pub const PASSES: &[PassInfo] = &[
+    PassInfo::of::<dead_nodes::DeadNodes>(),
+    PassInfo::of::<identity::Identity>(),
+    PassInfo::of::<fold_constants::FoldConstants>(),
+    PassInfo::of::<dedupe::Dedupe>(),
+    PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
+    PassInfo::of::<svd::Svd>(),
+];
+
+/// The pass called `name`.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static PassInfo> {
+    PASSES.iter().find(|pass| pass.name == name)
+}

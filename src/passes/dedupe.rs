@@ -1,0 +1,94 @@
+//! See [`Dedupe`].
+
+use std::collections::HashMap;
+
+use prost::Message;
+
+use crate::{
+    ir::{Graph, Kind, NodeId, Outlet},
+    pass::{Context, Declare, Fidelity, Pass, everywhere},
+};
+
+/// Merge equal constants, and operators that compute the same from the same inputs.
+///
+/// Constants are equal when type, shape and every bit agree. Operators that draw random numbers are left alone.
+///
+/// Fidelity: exact.
+#[derive(Debug, clap::Parser)]
+#[command(name = "dedupe")]
+pub(super) struct Dedupe {}
+
+impl Declare for Dedupe {
+    const NAME: &'static str = "dedupe";
+    const FIDELITY: Fidelity = Fidelity::Exact;
+}
+
+/// Equal inputs do not make these equal.
+const RANDOM: &[&str] =
+    &["RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"];
+
+impl Pass for Dedupe {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let (mut constants, mut operators) = (0, 0);
+        everywhere(graph, &mut |graph| {
+            constants += merge_constants(graph);
+            operators += merge_operators(graph);
+        });
+        cx.add("constants merged", constants);
+        cx.add("operators merged", operators);
+        Ok(())
+    }
+}
+
+fn merge_constants(graph: &mut Graph) -> usize {
+    let mut seen: HashMap<u64, Vec<NodeId>> = HashMap::new();
+    let mut merged = 0;
+    for id in graph.order() {
+        let Kind::Const(_) = graph.kind(id) else { continue };
+        let Some(tensor) = graph.constant(id.out()) else { continue };
+        let equal = seen.entry(tensor.hash()).or_default();
+        let twin = equal.iter().find(|&&twin| graph.constant(twin.out()).is_some_and(|t| t.same(tensor)));
+        match twin.copied() {
+            Some(twin) if !graph.is_output(id.out()) && !graph.is_pinned(id.out()) => {
+                graph.replace_uses(id.out(), twin.out());
+                graph.sweep(id);
+                merged += 1;
+            }
+            _ => equal.push(id),
+        }
+    }
+    merged
+}
+
+/// What makes two operators compute the same: type, domain, attributes, operands, number of results.
+type Key = (Vec<u8>, Vec<Option<Outlet>>, u32);
+
+fn merge_operators(graph: &mut Graph) -> usize {
+    let mut seen: HashMap<Key, NodeId> = HashMap::new();
+    let mut merged = 0;
+    for id in graph.ops() {
+        let Some(op) = graph.op(id) else { continue };
+        let outputs = graph.output_count(id);
+        let kept = (0..outputs).any(|slot| graph.is_output(id.at(slot)) || graph.is_pinned(id.at(slot)));
+        if !op.bodies.is_empty() || op.standard().is_none_or(|op| RANDOM.contains(&op)) {
+            continue;
+        }
+        let mut proto = op.proto.clone();
+        (proto.name, proto.doc_string) = (None, None);
+        proto.metadata_props.clear();
+        let key = (proto.encode_to_vec(), graph.operands(id), outputs);
+        match seen.get(&key) {
+            Some(&twin) if !kept => {
+                for slot in 0..outputs {
+                    if !graph.name(id.at(slot)).is_empty() && !graph.name(twin.at(slot)).is_empty() {
+                        graph.replace_uses(id.at(slot), twin.at(slot));
+                    }
+                }
+                graph.sweep(id);
+                merged += 1;
+            }
+            _ => _ = seen.insert(key, id),
+        }
+    }
+    merged
+}

@@ -1,0 +1,248 @@
+//! See [`Svd`].
+
+use std::sync::Arc;
+
+use nalgebra::DMatrix;
+
+use crate::{
+    ir::{Graph, Inlet, NodeId, Op, Outlet},
+    linalg::Spectrum,
+    pass::{Context, Declare, Fidelity, Pass, everywhere},
+};
+
+/// Split the weights of `Gemm` and `MatMul` into two factors of low rank.
+///
+/// W (o×d) becomes B·A, B o×r and A r×d, the best approximation of its rank (Eckart & Young 1936; Xue 2013); one layer
+/// becomes two, and the bias stays with the second. That saves parameters where r < o·d / (o + d).
+///
+/// Applies when: one operand is a constant matrix, transposed or behind `Identity` or `Transpose` or not. A weight with
+/// several readers is split for all of them or for none.
+///
+/// Fidelity: lossy. Without `rank` or `energy`, the error budget sets the rank of each layer.
+#[derive(Debug, clap::Parser)]
+#[command(name = "svd")]
+pub(super) struct Svd {
+    /// The rank of every layer.
+    #[arg(long)]
+    rank: Option<usize>,
+    /// The least rank that keeps this share of a weight's squared norm, between 0 and 1.
+    #[arg(long, value_parser = share)]
+    energy: Option<f64>,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a number between 0 and 1 is wanted".to_owned()),
+    }
+}
+
+impl Declare for Svd {
+    const NAME: &'static str = "svd";
+    const FIDELITY: Fidelity = Fidelity::Lossy;
+}
+
+/// Bytes of the nodes and names that a split adds to the file, about.
+const OVERHEAD: f64 = 200.0;
+
+impl Pass for Svd {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        everywhere(graph, &mut |graph| {
+            let nodes = graph.ops();
+            let mut weights: Vec<Outlet> =
+                nodes.iter().filter_map(|&node| Some(Layer::of(graph, node)?.weight)).collect();
+            weights.sort_unstable();
+            weights.dedup();
+            weights.retain(|&w| graph.contains(w.node));
+            for weight in weights {
+                self.split_all(graph, weight, cx);
+            }
+        });
+        Ok(())
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.rank.is_some() || self.energy.is_some()
+    }
+}
+
+/// A `Gemm` or `MatMul` with a constant matrix, seen as y = x·M, or y = M·x.
+struct Layer {
+    node: NodeId,
+    /// The constant itself, before any `Identity` or `Transpose`.
+    weight: Outlet,
+    /// The slot that the constant, or what is made of it, enters.
+    slot: u32,
+    /// Whether the product reads the transposed constant.
+    transposed: bool,
+}
+
+impl Layer {
+    fn of(graph: &Graph, node: NodeId) -> Option<Self> {
+        let op = graph.op(node)?;
+        let gemm = match op.standard()? {
+            "Gemm" => true,
+            "MatMul" => false,
+            _ => return None,
+        };
+        [1, 0].into_iter().find_map(|slot| {
+            let (weight, flipped) = source(graph, graph.operand(node, slot)?)?;
+            let flag = gemm && op.int(if slot == 0 { "transA" } else { "transB" }) == Some(1);
+            let transposed = flipped != flag;
+            Some(Self { node, weight, slot, transposed })
+        })
+    }
+}
+
+/// The constant matrix that `value` is, and whether transposed on the way.
+fn source(graph: &Graph, mut value: Outlet) -> Option<(Outlet, bool)> {
+    let mut flipped = false;
+    loop {
+        if let Some(weight) = graph.weight(value) {
+            let fits = weight.value().dims().len() == 2 && crate::ir::tensor::is_float(weight.value().dtype());
+            return fits.then_some((value, flipped));
+        }
+        match graph.op(value.node)?.standard()? {
+            "Identity" => {}
+            "Transpose" => flipped = !flipped,
+            _ => return None,
+        }
+        value = graph.operand(value.node, 0)?;
+    }
+}
+
+impl Svd {
+    /// Splits `weight` for everything that reads it, or leaves it alone and says why.
+    fn split_all(&self, graph: &mut Graph, weight: Outlet, cx: &mut Context) -> Option<()> {
+        let name = graph.name(weight).to_owned();
+        let mut layers = Vec::new();
+        if !collect(graph, weight, &mut layers) {
+            cx.decline(&name, "is also read by something that svd can't split");
+            return None;
+        }
+        let labels: Vec<_> = layers.iter().map(|layer| graph.label(layer.node)).collect();
+        if cx.is_kept(&[&name]) || cx.is_kept(&labels) {
+            cx.decline(&name, "kept by --keep");
+            return None;
+        }
+        let stored = graph.weight(weight)?.clone();
+        let [rows, columns] = stored.value().dims() else { return None };
+        let (rows, columns) = (*rows, *columns);
+        let values = stored.value().f64s()?;
+        if !values.iter().all(|v| v.is_finite()) {
+            cx.decline(&name, "holds values that are not finite");
+            return None;
+        }
+        let break_even = (rows * columns).checked_div(rows + columns)?;
+        if break_even < 2 || self.rank.is_some_and(|rank| rank * (rows + columns) >= rows * columns) {
+            cx.decline(&name, &format!("pays only below rank {break_even}"));
+            return None;
+        }
+        let matrix = DMatrix::from_row_slice(rows, columns, &values);
+        let key = stored.value().hash() ^ self.rank.unwrap_or(0) as u64;
+        let spectrum = match cx.spectra.get(&key) {
+            Some(spectrum) => Arc::clone(spectrum),
+            None => {
+                let spectrum = Arc::new(Spectrum::of(&matrix, self.rank)?);
+                cx.spectra.insert(key, Arc::clone(&spectrum));
+                spectrum
+            }
+        };
+        let element = stored.stored_bytes() as f64 / (rows * columns) as f64;
+        let Some(rank) = self.choose(&spectrum, rows, columns, element, cx.price) else {
+            cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
+            return None;
+        };
+        cx.predicted += spectrum.tail(rank) / spectrum.total * layers.len() as f64;
+        let (left, right) = spectrum.factors(&matrix, rank);
+        let flat = |m: &DMatrix<f64>| m.transpose().as_slice().to_vec();
+        let left = stored.fit(&[rows, rank], &flat(&left))?;
+        let right = stored.fit(&[rank, columns], &flat(&right))?;
+        let left = graph.add_const(left, &format!("{name}.svd.left"));
+        let right = graph.add_const(right, &format!("{name}.svd.right"));
+        for layer in &layers {
+            split(graph, layer, left, right)?;
+        }
+        cx.add("layers split", layers.len());
+        Some(())
+    }
+
+    /// The rank for a weight, or `None` to leave it whole.
+    fn choose(&self, spectrum: &Spectrum, rows: usize, columns: usize, element: f64, price: f64) -> Option<usize> {
+        let (sides, whole) = (rows + columns, rows * columns);
+        if let Some(rank) = self.rank {
+            return Some(rank.max(1)).filter(|r| *r <= spectrum.basis.ncols());
+        }
+        let most = (whole - 1) / sides;
+        if let Some(energy) = self.energy {
+            return (1..=most.min(spectrum.energies.len()))
+                .find(|&r| spectrum.tail(r) <= (1.0 - energy) * spectrum.total);
+        }
+        // The least of error + price · bytes; leaving the weight whole costs no error.
+        let cost =
+            |rank: usize| spectrum.tail(rank) / spectrum.total + price * (element * (rank * sides) as f64 + OVERHEAD);
+        let best = (1..=most).map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+        (best.0 < price * element * whole as f64).then_some(best.1)
+    }
+}
+
+/// Collects the layers that read `value`, directly or through `Identity` and `Transpose`; `false` if anything else does.
+fn collect(graph: &Graph, value: Outlet, layers: &mut Vec<Layer>) -> bool {
+    if graph.is_output(value) {
+        return false;
+    }
+    graph.uses(value).into_iter().all(|(node, inlet)| {
+        let Inlet::Slot(slot) = inlet else { return false };
+        match graph.op(node).and_then(Op::standard) {
+            Some("Identity" | "Transpose") => collect(graph, node.out(), layers),
+            Some("Gemm" | "MatMul") => match Layer::of(graph, node) {
+                Some(layer) if layer.slot == slot => {
+                    layers.push(layer);
+                    true
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    })
+}
+
+/// Has `layer` multiply by the factors of its weight, left·right, one after the other.
+fn split(graph: &mut Graph, layer: &Layer, left: Outlet, right: Outlet) -> Option<()> {
+    let op = graph.op(layer.node)?.clone();
+    let gemm = op.is("Gemm");
+    let x = graph.operand(layer.node, 1 - layer.slot)?;
+    let whole = graph.operand(layer.node, layer.slot)?;
+    // What the product reads is left·right, or rightᵀ·leftᵀ.
+    let (first, second) = if layer.transposed { (right, left) } else { (left, right) };
+    let (inner, outer) = if layer.slot == 1 { (first, second) } else { (second, first) };
+    let name = format!("{}.svd", graph.name(layer.node.out()));
+    let node_name = if op.name().is_empty() { String::new() } else { format!("{}.svd", op.name()) };
+    let (inner, outer) = if layer.transposed && !gemm {
+        let mut turned = |value: Outlet| {
+            let turned = format!("{}.transposed", graph.name(value));
+            let weight = graph.weight(value)?.permute(&[1, 0])?;
+            Some(graph.add_const(weight, &turned))
+        };
+        (turned(inner)?, turned(outer)?)
+    } else {
+        (inner, outer)
+    };
+    let (mut reduce, place) = (Op::new(op.op_type()).named(&node_name), layer.slot as usize);
+    if gemm {
+        let flag = if layer.slot == 0 { "transA" } else { "transB" };
+        let other = if layer.slot == 0 { "transB" } else { "transA" };
+        reduce = reduce.with_int(flag, i64::from(layer.transposed)).with_int(other, op.int(other).unwrap_or(0));
+        // The factors are plain constants: the flags say all of the transposition, and x is turned in the first product.
+        graph.edit_op(layer.node, |op| {
+            *op = std::mem::take(op).with_int(flag, i64::from(layer.transposed)).with_int(other, 0);
+        });
+    }
+    let mut operands = [Some(x), Some(x)];
+    operands[place] = Some(inner);
+    let reduced = graph.add_op(reduce, &operands, &[&name], layer.node).out();
+    graph.set_operand(layer.node, layer.slot, Some(outer));
+    graph.set_operand(layer.node, 1 - layer.slot, Some(reduced));
+    graph.sweep(whole.node);
+    Some(())
+}

@@ -1,0 +1,256 @@
+//! `--passes`: its syntax, and running what it says. Each pass is a transaction: run on a copy, checked, kept or dropped.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::{
+    analysis::cost::Cost,
+    codec::Model,
+    ir::{Graph, InvalidGraph},
+    pass::{Context, Fidelity, Pass, PassInfo},
+    passes::{PASSES, find},
+};
+
+/// The preset of all exact and rounding passes.
+pub const SIMPLIFY: &str = "simplify";
+/// The preset of no passes.
+pub const NONE: &str = "none";
+/// Rounds after which `simplify` stops even if passes still find work; real models take two or three.
+const MAX_ROUNDS: usize = 16;
+
+/// A pass with its options.
+#[derive(Debug)]
+pub struct Step {
+    /// Its entry in the list.
+    pub info: &'static PassInfo,
+    /// The pass.
+    pub pass: Box<dyn Pass>,
+    /// As the person wrote it.
+    pub spelling: String,
+}
+
+/// What `--passes` says to do, in order.
+#[derive(Debug)]
+pub enum Item {
+    /// All exact and rounding passes, until none finds work.
+    Simplify,
+    /// One pass.
+    Pass(Step),
+}
+
+/// What is wrong with `--passes`.
+#[derive(Debug, thiserror::Error)]
+pub enum ParseError {
+    /// No such pass.
+    #[error("there is no pass `{0}`; `onnx-shrink passes` lists them")]
+    Unknown(String),
+    /// Wrong options.
+    #[error("pass `{name}`: {message}; `onnx-shrink passes {name}` explains its options")]
+    Options {
+        /// The pass.
+        name: &'static str,
+        /// What clap says.
+        message: String,
+    },
+    /// A preset does not take options.
+    #[error("`{0}` takes no options")]
+    Preset(String),
+}
+
+/// Parses `NAME[:KEY=VALUE]…,NAME…`. A list of lossy passes only becomes `simplify,LIST,simplify`.
+///
+/// # Errors
+///
+/// When a pass is unknown or its options are wrong.
+pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
+    let mut items = Vec::new();
+    for spelling in list.split(',').map(str::trim).filter(|s| !s.is_empty()) {
+        let mut parts = spelling.split(':');
+        let name = parts.next().unwrap_or_default();
+        let options: Vec<_> = parts.collect();
+        if name == SIMPLIFY || name == NONE {
+            if !options.is_empty() {
+                return Err(ParseError::Preset(name.to_owned()));
+            }
+            if name == SIMPLIFY {
+                items.push(Item::Simplify);
+            }
+            continue;
+        }
+        let info = find(name).ok_or_else(|| ParseError::Unknown(name.to_owned()))?;
+        let pass = info.build(&options).map_err(|error| {
+            let message = error.to_string();
+            let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            ParseError::Options { name: info.name, message }
+        })?;
+        items.push(Item::Pass(Step { info, pass, spelling: spelling.to_owned() }));
+    }
+    let lossy = |item: &Item| matches!(item, Item::Pass(step) if step.info.fidelity == Fidelity::Lossy);
+    if !items.is_empty() && items.iter().all(lossy) {
+        items.insert(0, Item::Simplify);
+        items.push(Item::Simplify);
+    }
+    Ok(items)
+}
+
+/// What one pass did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// As the person wrote it.
+    pub pass: String,
+    /// What it may do to the outputs.
+    pub fidelity: Fidelity,
+    /// Bytes of the model before it, less those after.
+    pub bytes_removed: i64,
+    /// What it counted.
+    pub tally: std::collections::BTreeMap<&'static str, u64>,
+    /// What it left alone, and why.
+    pub declined: Vec<String>,
+    /// The error that it predicts, relative and squared, summed over layers, for a lossy pass.
+    pub predicted: f64,
+}
+
+/// Why a pipeline stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// A pass failed.
+    #[error("pass `{pass}` failed")]
+    Failed {
+        /// Its name.
+        pass: String,
+        /// What went wrong.
+        source: anyhow::Error,
+    },
+    /// A pass left an invalid graph behind.
+    #[error("pass `{pass}` broke the graph, which is a mistake in this program; leave it out with --passes")]
+    Broke {
+        /// Its name.
+        pass: String,
+        /// The invariant it broke.
+        source: InvalidGraph,
+    },
+}
+
+/// Runs one pass on `graph` as a transaction: on an error, `graph` is as it was.
+///
+/// # Errors
+///
+/// When the pass fails or leaves an invalid graph.
+pub fn transact(name: &str, pass: &dyn Pass, graph: &mut Graph, cx: &mut Context) -> Result<bool, PipelineError> {
+    let mut next = graph.clone();
+    pass.run(&mut next, cx).map_err(|source| PipelineError::Failed { pass: name.to_owned(), source })?;
+    let changed = next.edits() != graph.edits();
+    if changed {
+        next.check().map_err(|source| PipelineError::Broke { pass: name.to_owned(), source })?;
+        *graph = next;
+    }
+    Ok(changed)
+}
+
+/// Runs `items` on `model` at `price`, and says what each pass did; passes of `simplify` are added up over its rounds.
+///
+/// # Errors
+///
+/// See [`transact`].
+pub fn run(items: &[Item], model: &mut Model, cx: &mut Context, price: f64) -> Result<Vec<Outcome>, PipelineError> {
+    let mut outcomes = Vec::new();
+    for item in items {
+        match item {
+            Item::Simplify => simplify(model, cx, &mut outcomes)?,
+            Item::Pass(step) => {
+                let outcome = one(&step.spelling, step.info.fidelity, step.pass.as_ref(), model, cx, price)?;
+                outcomes.push(outcome);
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+fn one(
+    name: &str,
+    fidelity: Fidelity,
+    pass: &dyn Pass,
+    model: &mut Model,
+    cx: &mut Context,
+    price: f64,
+) -> Result<Outcome, PipelineError> {
+    cx.reset(price);
+    let before = Cost::bytes(model);
+    let changed = transact(name, pass, &mut model.graph, cx)?;
+    let after = if changed { Cost::bytes(model) } else { before };
+    Ok(Outcome {
+        pass: name.to_owned(),
+        fidelity,
+        bytes_removed: before as i64 - after as i64,
+        tally: cx.tally.clone(),
+        declined: std::mem::take(&mut cx.declined),
+        predicted: cx.predicted,
+    })
+}
+
+/// Runs every exact and rounding pass, again and again until a round changes nothing.
+fn simplify(model: &mut Model, cx: &mut Context, outcomes: &mut Vec<Outcome>) -> Result<(), PipelineError> {
+    let passes: Vec<_> = PASSES.iter().filter(|info| info.fidelity != Fidelity::Lossy).collect();
+    let first = outcomes.len();
+    for _ in 0..MAX_ROUNDS {
+        let edits = model.graph.edits();
+        for (i, info) in passes.iter().enumerate() {
+            let Ok(pass) = info.build(&[]) else { continue };
+            let outcome = one(info.name, info.fidelity, pass.as_ref(), model, cx, 0.0)?;
+            match outcomes.get_mut(first + i) {
+                Some(total) => total.absorb(outcome),
+                None => outcomes.push(outcome),
+            }
+        }
+        if model.graph.edits() == edits {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl Outcome {
+    fn absorb(&mut self, other: Self) {
+        self.bytes_removed += other.bytes_removed;
+        for (what, n) in other.tally {
+            *self.tally.entry(what).or_default() += n;
+        }
+        self.declined = other.declined;
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let did: Vec<_> = self.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
+        let did = if did.is_empty() { "nothing to do".to_owned() } else { did.join(", ") };
+        write!(f, "{:<16} {:>12}  {did}", self.pass, -self.bytes_removed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spelled(list: &str) -> Vec<String> {
+        let name = |item: &Item| match item {
+            Item::Simplify => SIMPLIFY.to_owned(),
+            Item::Pass(step) => step.spelling.clone(),
+        };
+        parse(list).unwrap().iter().map(name).collect()
+    }
+
+    #[test]
+    fn lossy_lists_are_wrapped_and_others_run_as_written() {
+        assert_eq!(spelled("svd:rank=8"), ["simplify", "svd:rank=8", "simplify"]);
+        assert_eq!(spelled("identity,svd"), ["identity", "svd"]);
+        assert_eq!(spelled("none"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert!(parse("svd:rnk=8").unwrap_err().to_string().contains("--rnk"));
+        assert!(parse("sdv").unwrap_err().to_string().contains("no pass `sdv`"));
+        assert!(parse("svd:energy=2").unwrap_err().to_string().contains("between 0 and 1"));
+    }
+}

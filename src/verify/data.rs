@@ -1,0 +1,319 @@
+//! What models are run on: a person's samples, or seeded random values.
+
+use std::{collections::BTreeMap, fs::File, io, path::PathBuf};
+
+use rand_core::{Rng, SeedableRng};
+use rand_xoshiro::Xoshiro256PlusPlus;
+
+use super::{
+    Bound,
+    engine::{Cannot, Runner, Value},
+};
+use crate::{
+    analysis::shapes::Fact,
+    codec::Model,
+    ir::{DType, Graph, Inlet, Outlet},
+    linalg::normal,
+};
+
+/// Random samples for the search, and as many others for the final word.
+const RANDOM_SAMPLES: usize = 16;
+/// What an open axis beyond the first is tried as.
+const OPEN_AXES: &[usize] = &[224, 64, 32, 16, 1];
+/// Random integers lie below this, or below the size of the table that they index.
+const INTEGERS_BELOW: usize = 128;
+
+/// Which samples something may look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// For fitting weights.
+    Fit,
+    /// For choosing how much to do.
+    Search,
+    /// For the final word; never seen by the others.
+    Last,
+}
+
+/// Where samples come from.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// An `.npz` file with one array for each input.
+    pub data: Option<PathBuf>,
+    /// Inputs that always have one value.
+    pub fixed: BTreeMap<String, f64>,
+    /// Shapes of inputs.
+    pub shapes: Bound,
+}
+
+/// Samples for the inputs of a model, split into parts that never mix.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    all: Vec<Vec<Value>>,
+    /// Whether the values are random.
+    pub random: bool,
+    /// The shapes that they have.
+    pub bound: Bound,
+    /// Why the model can't be run on them, if it can't.
+    pub unrunnable: Option<String>,
+    /// Arrays that name no input.
+    pub ignored: Vec<String>,
+}
+
+/// Why samples can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file can't be read.
+    #[error("{path}: cannot be read; --data wants an .npz file with one array for each input", path = .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// None of the arrays is for an input.
+    #[error("no array of the data file is named like an input; the inputs are {0}")]
+    NothingNamed(String),
+    /// An array has the wrong type.
+    #[error("array `{name}` holds {found}, but the input is {wanted:?}; convert it")]
+    WrongType {
+        /// The input.
+        name: String,
+        /// The type of the array, as numpy writes it.
+        found: String,
+        /// The type of the input.
+        wanted: DType,
+    },
+    /// An array has the wrong shape.
+    #[error("array `{name}` has shape {found:?}, which gives no samples for an input of shape {wanted}")]
+    WrongShape {
+        /// The input.
+        name: String,
+        /// The shape of the array.
+        found: Vec<usize>,
+        /// The shape of the input, as declared.
+        wanted: String,
+    },
+    /// Too few samples to be split.
+    #[error("the data gives {0} samples; at least 8 are needed to search and to check on different ones")]
+    TooFew(usize),
+    /// A name given on the command line is no input.
+    #[error("the model has no input `{0}`; its inputs are {1}")]
+    NoSuchInput(String, String),
+}
+
+/// An input that must be fed.
+struct Slot {
+    name: String,
+    fact: Fact,
+    below: usize,
+}
+
+impl Samples {
+    /// The samples that `request` asks for, for `model`.
+    ///
+    /// # Errors
+    ///
+    /// When the data does not fit the inputs.
+    pub fn gather(model: &Model, request: &Request) -> Result<Self, DataError> {
+        let slots = slots(&model.graph);
+        let names = || slots.iter().map(|slot| format!("`{}`", slot.name)).collect::<Vec<_>>().join(", ");
+        let known = |name: &str| slots.iter().any(|slot| slot.name == *name);
+        if let Some(name) = request.fixed.keys().chain(request.shapes.keys()).find(|name| !known(name)) {
+            return Err(DataError::NoSuchInput(name.clone(), names()));
+        }
+        let (mut arrays, mut ignored) = (BTreeMap::new(), Vec::new());
+        if let Some(path) = &request.data {
+            let unreadable = |source| DataError::Unreadable { path: path.clone(), source };
+            let mut archive = zip::ZipArchive::new(File::open(path).map_err(unreadable)?)
+                .map_err(|error| unreadable(io::Error::other(error)))?;
+            for i in 0..archive.len() {
+                let entry = archive.by_index(i).map_err(|error| unreadable(io::Error::other(error)))?;
+                let name = entry.name().map_err(|error| unreadable(io::Error::other(error)))?;
+                let name = name.trim_end_matches(".npy").to_owned();
+                match slots.iter().find(|slot| slot.name == name) {
+                    Some(slot) => _ = arrays.insert(name, array(entry, slot).map_err(|e| e.at(path))?),
+                    None => ignored.push(name),
+                }
+            }
+            if arrays.is_empty() {
+                return Err(DataError::NothingNamed(names()));
+            }
+        }
+        let (split, shortest) = cut(&slots, arrays)?;
+        if request.data.is_some() && shortest < 8 {
+            return Err(DataError::TooFew(shortest));
+        }
+        let count = if request.data.is_some() { shortest } else { 2 * RANDOM_SAMPLES };
+        let mut unrunnable = None;
+        for &open in OPEN_AXES {
+            let samples = Self::draw(&slots, request, &split, count, open);
+            let Some(first) = samples.first() else { break };
+            let bound = slots.iter().zip(first).map(|(slot, value)| (slot.name.clone(), value.dims.clone())).collect();
+            let failure = Runner::new(model, first).err();
+            let is_open =
+                |slot: &Slot| slot.fact.dims.as_ref().is_none_or(|dims| dims.iter().skip(1).any(Option::is_none));
+            let settled = !slots.iter().any(is_open) || matches!(failure, Some(Cannot::Unsound { .. }));
+            let this =
+                Self { all: samples, random: request.data.is_none(), bound, unrunnable, ignored: ignored.clone() };
+            match failure {
+                None => return Ok(Self { unrunnable: None, ..this }),
+                Some(why) if settled => return Ok(Self { unrunnable: Some(why.to_string()), ..this }),
+                Some(why) => unrunnable = this.unrunnable.or(Some(why.to_string())),
+            }
+        }
+        Ok(Self { all: Vec::new(), random: true, bound: request.shapes.clone(), unrunnable, ignored })
+    }
+
+    /// The samples of one part, each with one value for each input that must be fed.
+    #[must_use]
+    pub fn part(&self, part: Split) -> Vec<Vec<Value>> {
+        let belongs = |i: usize| match (part, i % 4) {
+            (Split::Fit, 0 | 1) => !self.random,
+            (Split::Search, 2) => true,
+            (Split::Search, 0 | 1) => self.random && i.is_multiple_of(2),
+            (Split::Last, 3) => true,
+            (Split::Last, 1) => self.random,
+            _ => false,
+        };
+        self.all.iter().enumerate().filter(|(i, _)| belongs(*i)).map(|(_, sample)| sample.clone()).collect()
+    }
+
+    fn draw(
+        slots: &[Slot],
+        request: &Request,
+        given: &BTreeMap<String, Vec<Value>>,
+        count: usize,
+        open: usize,
+    ) -> Vec<Vec<Value>> {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
+        let mut one = |slot: &Slot, i: usize| {
+            if let Some(values) = given.get(&slot.name) {
+                return values[i].clone();
+            }
+            let dims = request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open));
+            slot.random(&dims, request.fixed.get(&slot.name).copied(), &mut random)
+        };
+        (0..count).map(|i| slots.iter().map(|slot| one(slot, i)).collect()).collect()
+    }
+}
+
+impl Slot {
+    fn shape(&self, open: usize) -> Vec<usize> {
+        let dims = self.fact.dims.as_deref().unwrap_or_default();
+        dims.iter().enumerate().map(|(i, d)| d.unwrap_or(if i == 0 { 1 } else { open })).collect()
+    }
+
+    fn random(&self, dims: &[usize], fixed: Option<f64>, random: &mut impl Rng) -> Value {
+        let count = dims.iter().product();
+        let is_float = self.fact.dtype.is_some_and(crate::ir::tensor::is_float);
+        let below = if self.fact.dtype == Some(DType::Bool) { 2 } else { self.below.max(1) };
+        let mut draw = || match fixed {
+            Some(value) => value,
+            None if is_float => f64::from(normal(random) as f32),
+            None => (random.next_u64() % below as u64) as f64,
+        };
+        Value { dims: dims.to_vec(), values: (0..count).map(|_| draw()).collect(), is_float }
+    }
+}
+
+/// The inputs that must be fed, with the size of the table that each indexes.
+fn slots(graph: &Graph) -> Vec<Slot> {
+    let slot = |input: &crate::ir::Input| {
+        let below = table(graph, input.node.out()).unwrap_or(INTEGERS_BELOW).min(INTEGERS_BELOW);
+        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), below }
+    };
+    graph.fed_inputs().map(slot).collect()
+}
+
+/// The extent of the smallest table that `value` is an index into.
+fn table(graph: &Graph, value: Outlet) -> Option<usize> {
+    let indexed =
+        graph.uses(value).into_iter().filter(|(_, inlet)| *inlet == Inlet::Slot(1)).filter_map(|(node, _)| {
+            let op = graph.op_of(node, "Gather")?;
+            let table = graph.constant(graph.operand(node, 0)?)?;
+            table.dims().get(crate::eval::axis(op.int("axis").unwrap_or(0), table.dims().len())?).copied()
+        });
+    indexed.min()
+}
+
+/// An array of the data file.
+struct Array {
+    dims: Vec<usize>,
+    values: Vec<f64>,
+}
+
+enum ArrayError {
+    Io(io::Error),
+    Data(DataError),
+}
+
+impl ArrayError {
+    fn at(self, path: &std::path::Path) -> DataError {
+        match self {
+            Self::Io(source) => DataError::Unreadable { path: path.to_owned(), source },
+            Self::Data(error) => error,
+        }
+    }
+}
+
+fn array(entry: impl io::Read, slot: &Slot) -> Result<Array, ArrayError> {
+    let file = npyz::NpyFile::new(entry).map_err(ArrayError::Io)?;
+    let wanted = slot.fact.dtype.unwrap_or(DType::Float);
+    let found = file.dtype().descr();
+    let dims = file.shape().iter().map(|&d| d as usize).collect();
+    let wrong = || ArrayError::Data(DataError::WrongType { name: slot.name.clone(), found: found.clone(), wanted });
+    if file.order() == npyz::Order::Fortran && file.shape().len() > 1 {
+        let why = format!("array `{}` is in Fortran order; save it with np.ascontiguousarray", slot.name);
+        return Err(ArrayError::Io(io::Error::other(why)));
+    }
+    macro_rules! read {
+        ($t:ty, $convert:expr) => {
+            file.try_data::<$t>().map_err(|_| wrong())?.map(|v| v.map($convert)).collect::<Result<Vec<f64>, _>>()
+        };
+    }
+    let values = match wanted {
+        DType::Float => read!(f32, f64::from),
+        DType::Double => read!(f64, |v| v),
+        DType::Float16 => read!(half::f16, half::f16::to_f64),
+        DType::Int64 => read!(i64, |v| v as f64),
+        DType::Int32 => read!(i32, f64::from),
+        DType::Int16 => read!(i16, f64::from),
+        DType::Int8 => read!(i8, f64::from),
+        DType::Uint8 => read!(u8, f64::from),
+        DType::Uint16 => read!(u16, f64::from),
+        DType::Bool => read!(bool, |v| f64::from(u8::from(v))),
+        _ => return Err(wrong()),
+    };
+    Ok(Array { dims, values: values.map_err(ArrayError::Io)? })
+}
+
+/// Cuts each array into samples of its input's shape; also the least count of samples.
+fn cut(slots: &[Slot], arrays: BTreeMap<String, Array>) -> Result<(BTreeMap<String, Vec<Value>>, usize), DataError> {
+    let mut cut = BTreeMap::new();
+    let mut shortest = usize::MAX;
+    for (name, array) in arrays {
+        let Some(slot) = slots.iter().find(|slot| slot.name == name) else { continue };
+        let declared = slot.fact.dims.as_deref();
+        let rank = declared.map_or(array.dims.len(), <[_]>::len);
+        let (group, dims) = match array.dims.len().checked_sub(rank) {
+            Some(0) if rank > 0 => {
+                let batch = declared.and_then(|dims| dims[0]).unwrap_or(1).max(1);
+                (batch, [&[batch], &array.dims[1..]].concat())
+            }
+            Some(1) => (1, array.dims[1..].to_vec()),
+            _ => (0, Vec::new()),
+        };
+        let agrees = declared.is_none_or(|d| d.iter().zip(&dims).all(|(d, &found)| d.is_none_or(|d| d == found)));
+        if group == 0 || !agrees {
+            let wanted = format!("{:?}", declared.unwrap_or_default());
+            return Err(DataError::WrongShape { name, found: array.dims, wanted });
+        }
+        let is_float = slot.fact.dtype.is_some_and(crate::ir::tensor::is_float);
+        let size = dims.iter().product::<usize>().max(1);
+        let value = |chunk: &[f64]| Value { dims: dims.clone(), values: chunk.to_vec(), is_float };
+        let values: Vec<_> = array.values.chunks_exact(size).map(value).collect();
+        shortest = shortest.min(values.len());
+        cut.insert(name, values);
+    }
+    Ok((cut, shortest))
+}

@@ -1,0 +1,135 @@
+//! The error of an output, pooled over samples.
+
+use super::engine::Value;
+
+/// Outputs whose spread is below this share of their size, or of one for each element, are not exercised by the inputs.
+const FLAT: f64 = 1e-3;
+
+/// Sums over samples of one output of two models. The mean over samples is subtracted elementwise.
+#[derive(Clone, Debug, Default)]
+pub struct Pooled {
+    sum: Vec<f64>,
+    sum_of_squares: f64,
+    difference: f64,
+    elements: usize,
+    samples: usize,
+    classified: usize,
+    flipped: usize,
+    unequal: usize,
+    discrete: usize,
+    broken: bool,
+    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample.
+    pub rounding: f64,
+}
+
+impl Pooled {
+    /// Adds one sample: what was wanted and what was found.
+    pub fn add(&mut self, wanted: &Value, found: &Value) {
+        self.samples += 1;
+        if wanted.dims != found.dims || wanted.is_float != found.is_float {
+            self.broken = true;
+            self.rounding = f64::INFINITY;
+            return;
+        }
+        let (y, z) = (&wanted.values, &found.values);
+        if !wanted.is_float {
+            let unequal = y.iter().zip(z).filter(|(a, b)| a != b).count();
+            self.unequal += unequal;
+            self.discrete += y.len();
+            self.rounding = super::max(self.rounding, unequal as f64 / y.len().max(1) as f64);
+            return;
+        }
+        let same_kind = |a: f64, b: f64| {
+            a.is_nan() == b.is_nan() && (a.is_infinite() == b.is_infinite()) && (!a.is_infinite() || a == b)
+        };
+        if !y.iter().zip(z).all(|(&a, &b)| same_kind(a, b)) {
+            self.broken = true;
+            self.rounding = f64::INFINITY;
+            return;
+        }
+        if self.sum.len() != y.len() {
+            // Outputs of varying size are pooled without a common mean.
+            self.sum = vec![0.0; y.len()];
+        }
+        let (mut norm, mut difference) = (0.0, 0.0);
+        for ((sum, &a), &b) in self.sum.iter_mut().zip(y).zip(z).filter(|((_, a), _)| a.is_finite()) {
+            *sum += a;
+            norm += a * a;
+            difference += (a - b) * (a - b);
+        }
+        self.sum_of_squares += norm;
+        self.difference += difference;
+        self.elements += y.len();
+        let scale = norm.sqrt().max(FLAT * (y.len() as f64).sqrt());
+        self.rounding = super::max(self.rounding, if difference == 0.0 { 0.0 } else { difference.sqrt() / scale });
+        if let [1, classes] = wanted.dims[..]
+            && classes > 1
+        {
+            self.classified += 1;
+            self.flipped += usize::from(argmax(y) != argmax(z));
+        }
+    }
+
+    /// ‖Y−Y'‖ / ‖Y−Ȳ‖, or the share of unequal elements of a discrete output; infinite where shapes, NaN or Inf differ;
+    /// `None` where the samples don't exercise the output.
+    #[must_use]
+    pub fn error(&self) -> Option<f64> {
+        if self.broken {
+            return Some(f64::INFINITY);
+        }
+        if self.discrete > 0 {
+            return Some(self.unequal as f64 / self.discrete as f64);
+        }
+        let mean_part = self.sum.iter().map(|s| s * s).sum::<f64>() / self.samples.max(1) as f64;
+        let spread = (self.sum_of_squares - mean_part).max(0.0).sqrt();
+        let floor = (FLAT * self.sum_of_squares.sqrt()).max(FLAT * (self.elements as f64).sqrt());
+        (spread > floor).then(|| self.difference.sqrt() / spread)
+    }
+
+    /// The share of samples whose largest class score moved.
+    #[must_use]
+    pub fn flips(&self) -> f64 {
+        self.flipped as f64 / self.classified.max(1) as f64
+    }
+}
+
+fn argmax(values: &[f64]) -> Option<usize> {
+    (0..values.len()).max_by(|&a, &b| values[a].total_cmp(&values[b]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value(values: &[f64]) -> Value {
+        Value { dims: vec![1, values.len()], values: values.to_vec(), is_float: true }
+    }
+
+    #[test]
+    fn a_constant_function_scores_one() {
+        let samples = [[1.0, -2.0, 5.0], [3.0, 0.0, -1.0], [2.0, 5.0, -1.0]];
+        let mut pool = Pooled::default();
+        for sample in samples {
+            pool.add(&value(&sample), &value(&[2.0, 1.0, 1.0]));
+        }
+        assert!((pool.error().unwrap() - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn nan_and_infinity_must_stand_in_the_same_places() {
+        for (wanted, found) in [(f64::NAN, 1.0), (1.0, f64::NAN), (f64::INFINITY, f64::NEG_INFINITY)] {
+            let mut pool = Pooled::default();
+            pool.add(&value(&[wanted, 2.0]), &value(&[found, 2.0]));
+            assert_eq!(pool.error(), Some(f64::INFINITY));
+        }
+    }
+
+    #[test]
+    fn an_output_that_does_not_vary_is_not_judged() {
+        let mut pool = Pooled::default();
+        for _ in 0..3 {
+            pool.add(&value(&[1.0, 2.0]), &value(&[0.0, 0.0]));
+        }
+        assert_eq!(pool.error(), None);
+    }
+}
