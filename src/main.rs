@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{self, IsTerminal, Read, Write},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     time::Duration,
 };
@@ -144,7 +144,7 @@ fn read(path: &Path) -> anyhow::Result<Model> {
     Model::open(path).with_context(|| path.display().to_string())
 }
 
-fn write(model: &Model, path: &PathBuf) -> anyhow::Result<()> {
+fn write(model: &Model, path: &Path) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
         return io::stdout().write_all(&model.encode()).context("standard output cannot be written");
     }

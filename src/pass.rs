@@ -46,6 +46,9 @@ pub trait Declare: Pass + clap::Parser + Sized + 'static {
     const FIDELITY: Fidelity;
 }
 
+/// Makes a pass of its name and options.
+type Build = fn(&[String]) -> Result<Box<dyn Pass>, clap::Error>;
+
 /// An entry of [`PASSES`](crate::passes::PASSES).
 #[derive(Debug)]
 pub struct PassInfo {
@@ -53,7 +56,7 @@ pub struct PassInfo {
     pub name: &'static str,
     /// See [`Declare::FIDELITY`].
     pub fidelity: Fidelity,
-    build: fn(&[String]) -> Result<Box<dyn Pass>, clap::Error>,
+    build: Build,
     command: fn() -> clap::Command,
 }
 
@@ -99,10 +102,21 @@ impl PassInfo {
         for option in options {
             let help = option.get_long_help().or(option.get_help()).map(ToString::to_string).unwrap_or_default();
             let long = option.get_long().unwrap_or_default();
-            text.push_str(&format!("\n  :{long}=…\n      {}\n", help.replace('\n', "\n      ")));
+            text.extend(["\n  :", long, "=…\n      ", &help.replace('\n', "\n      "), "\n"]);
         }
         text
     }
+}
+
+/// The table of passes in the README.
+#[must_use]
+pub fn table(passes: &[PassInfo]) -> String {
+    let row = |pass: &PassInfo| {
+        let fidelity = format!("{:?}", pass.fidelity).to_lowercase();
+        format!("| `{}` | {fidelity} | {} |\n", pass.name, pass.summary())
+    };
+    let head = "| pass | fidelity | what it does |\n|---|---|---|\n";
+    std::iter::once(head.to_owned()).chain(passes.iter().map(row)).collect()
 }
 
 /// What a pass may use besides the graph, and where it leaves word of what it did.

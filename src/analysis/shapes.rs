@@ -183,7 +183,7 @@ impl Rule<'_> {
             "Transpose" => one(self.transpose()),
             "Squeeze" => self.squeeze(),
             "Unsqueeze" => self.unsqueeze(),
-            "Shape" => self.shape(),
+            "Shape" => Some(self.shape()),
             "Gather" => self.gather(),
             "Slice" => self.slice(),
             "Pad" => one(self.pad()),
@@ -331,12 +331,11 @@ impl Rule<'_> {
     fn split(&self, outputs: usize) -> Option<Vec<Fact>> {
         let dims = self.inputs[0].dims.as_ref()?;
         let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
-        let parts: Vec<Dim> = match self.integers("split", 1) {
-            Some(parts) => parts.into_iter().map(|p| usize::try_from(p?).ok()).collect(),
-            None => {
-                let each = dims[at].map(|d| d.div_ceil(outputs));
-                (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
-            }
+        let parts: Vec<Dim> = if let Some(parts) = self.integers("split", 1) {
+            parts.into_iter().map(|p| usize::try_from(p?).ok()).collect()
+        } else {
+            let each = dims[at].map(|d| d.div_ceil(outputs));
+            (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
         };
         let part = |extent: Dim| {
             let mut dims = dims.clone();
@@ -418,15 +417,15 @@ impl Rule<'_> {
         Some(vec![Fact { dims: Some(grown), ints, ..x.clone() }])
     }
 
-    fn shape(&self) -> Option<Vec<Fact>> {
+    fn shape(&self) -> Vec<Fact> {
         let int64 = Some(DType::Int64);
-        let Some(dims) = &self.inputs[0].dims else { return Some(vec![Fact::new(int64, vec![None])]) };
+        let Some(dims) = &self.inputs[0].dims else { return vec![Fact::new(int64, vec![None])] };
         let rank = dims.len() as i64;
         let clamp = |i: i64| if i < 0 { i + rank } else { i }.clamp(0, rank) as usize;
         let begin = clamp(self.op.int("start").unwrap_or(0));
         let end = clamp(self.op.int("end").unwrap_or(rank)).max(begin);
         let ints: Vec<_> = dims[begin..end].iter().map(|d| d.map(|d| d as i64)).collect();
-        Some(vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len())]), ints: Some(ints) }])
+        vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len())]), ints: Some(ints) }]
     }
 
     fn gather(&self) -> Option<Vec<Fact>> {

@@ -8,10 +8,7 @@ use prost::Message;
 use super::{CodecError, Model, Source, external::Files};
 use crate::{
     ir::{Body, Const, Graph, Inlet, Kind, NodeId, Op, Origin, Outlet, Tensor, Weight},
-    proto::{
-        AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto,
-        attribute_proto::AttributeType,
-    },
+    proto::{GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, attribute_proto::AttributeType},
 };
 
 /// Space between the positions of neighbours in the file.
@@ -30,7 +27,10 @@ pub(super) fn model(bytes: Bytes, folder: Option<&Path>) -> Result<Model, CodecE
     let unknown = bytes.len().saturating_sub(rest.encoded_len());
     let proto = rest.graph.take().ok_or(CodecError::NoGraph)?;
     let standard = rest.opset_import.iter().find(|set| matches!(set.domain(), "" | "ai.onnx"));
-    let mut decoder = Decoder { opset: standard.map_or(1, |set| set.version()), files: Files::new(folder) };
+    let mut decoder = Decoder {
+        opset: standard.map_or(1, super::super::proto::OperatorSetIdProto::version),
+        files: Files::new(folder),
+    };
     let scope = decoder.graph(proto, 0)?;
     if let Some((value, node)) = scope.captured.first() {
         return Err(CodecError::Dangling { node: node.clone(), value: value.clone() });
@@ -215,7 +215,7 @@ impl Decoder<'_> {
             ("value_ints", AttributeType::Ints) => Tensor::i64(&[attribute.ints.len()], &attribute.ints),
             _ => return Ok(None),
         };
-        let payload = Box::new(proto.attribute.pop().unwrap_or_else(AttributeProto::default));
+        let payload = Box::new(proto.attribute.pop().unwrap_or_default());
         let origin = Origin::Node { proto: Box::new(std::mem::take(proto)), payload };
         Ok(Some(Const { weight: Weight::dense(value), origin, overridable: false }))
     }

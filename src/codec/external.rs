@@ -72,7 +72,9 @@ impl<'a> Files<'a> {
         if tensor.data_location != Some(DataLocation::External as i32) {
             return Ok(None);
         }
-        let entry = |key: &str| tensor.external_data.iter().find(|e| e.key() == key).map(|e| e.value());
+        let entry = |key: &str| {
+            tensor.external_data.iter().find(|e| e.key() == key).map(super::super::proto::StringStringEntryProto::value)
+        };
         let number = |key: &str| {
             let number = entry(key).map(|v| {
                 v.trim().parse::<usize>().map_err(|_| ExternalError::NotANumber { key: key.into(), value: v.into() })

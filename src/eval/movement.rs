@@ -115,7 +115,7 @@ fn concat(call: &Call<'_>) -> Option<Tensor> {
             && t.dims().len() == first.dims().len()
             && (0..t.dims().len()).all(|i| i == at || t.dims()[i] == first.dims()[i])
     };
-    if !parts.iter().all(|t| fits(t)) {
+    if !parts.iter().all(fits) {
         return None;
     }
     let outer: usize = first.dims()[..at].iter().product();

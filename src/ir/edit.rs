@@ -261,12 +261,6 @@ impl Graph {
         }
     }
 
-    /// Edits the declared types of values and outputs; those of inputs are the caller's contract.
-    pub(crate) fn edit_infos(&mut self, mut edit: impl FnMut(&mut ValueInfoProto)) {
-        self.value_info.iter_mut().for_each(&mut edit);
-        self.outputs.iter_mut().for_each(|output| edit(&mut output.info));
-    }
-
     /// Names that are or were in use.
     pub(crate) fn names(&self) -> &HashSet<String> {
         &self.names

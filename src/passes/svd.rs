@@ -140,13 +140,12 @@ impl Svd {
         }
         let matrix = DMatrix::from_row_slice(rows, columns, &values);
         let key = stored.value().hash() ^ self.rank.unwrap_or(0) as u64;
-        let spectrum = match cx.spectra.get(&key) {
-            Some(spectrum) => Arc::clone(spectrum),
-            None => {
-                let spectrum = Arc::new(Spectrum::of(&matrix, self.rank)?);
-                cx.spectra.insert(key, Arc::clone(&spectrum));
-                spectrum
-            }
+        let spectrum = if let Some(spectrum) = cx.spectra.get(&key) {
+            Arc::clone(spectrum)
+        } else {
+            let spectrum = Arc::new(Spectrum::of(&matrix, self.rank)?);
+            cx.spectra.insert(key, Arc::clone(&spectrum));
+            spectrum
         };
         let element = stored.stored_bytes() as f64 / (rows * columns) as f64;
         let Some(rank) = self.choose(&spectrum, rows, columns, element, cx.price) else {

@@ -164,6 +164,12 @@ impl Samples {
         Ok(Self { all: Vec::new(), random: true, bound: request.shapes.clone(), unrunnable, ignored })
     }
 
+    /// All samples, in order.
+    #[must_use]
+    pub fn all(&self) -> &[Vec<Value>] {
+        &self.all
+    }
+
     /// The samples of one part, each with one value for each input that must be fed.
     #[must_use]
     pub fn part(&self, part: Split) -> Vec<Vec<Value>> {

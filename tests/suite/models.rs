@@ -1,0 +1,107 @@
+//! Passes on real models, through the engine.
+
+use onnx_shrink::{
+    codec::Model,
+    ir::{Graph, Outlet, Weight},
+    pass::Context,
+    pipeline,
+    shrink::{Job, shrink},
+    verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split},
+};
+
+use crate::{fixture, models};
+
+fn open(name: &str) -> Model {
+    Model::open(&fixture(name)).unwrap()
+}
+
+fn job(passes: &str, data: Option<&str>) -> Job {
+    Job {
+        items: pipeline::parse(passes).unwrap(),
+        request: Request { data: data.map(fixture), ..Request::default() },
+        max_error: None,
+        max_flips: None,
+        keep: globset::GlobSet::empty(),
+        keep_initializer_inputs: false,
+        verify: true,
+    }
+}
+
+/// The share of right answers on the labelled samples of `data`.
+fn accuracy(model: &Model, data: &str) -> f64 {
+    let request = Request { data: Some(fixture(data)), ..Request::default() };
+    let samples = Samples::gather(model, &request).unwrap();
+    let mut archive = zip::ZipArchive::new(std::fs::File::open(fixture(data)).unwrap()).unwrap();
+    let labels = npyz::NpyFile::new(archive.by_name("labels.npy").unwrap()).unwrap().into_vec::<i64>().unwrap();
+    let runner = onnx_shrink::verify::Runner::new(model, &samples.all()[0]).unwrap();
+    let right = samples.all().iter().zip(&labels).filter(|(sample, label)| {
+        let scores = runner.run(sample).unwrap().remove(0).values;
+        (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])) == Some(**label as usize)
+    });
+    right.count() as f64 / labels.len() as f64
+}
+
+#[test]
+fn simplify_changes_only_rounding_and_a_second_run_nothing() {
+    for path in models() {
+        let model = Model::open(&path).unwrap();
+        let (once, report) = shrink(&model, &job("simplify", None), &mut |_| {}).unwrap();
+        if let Some(difference) = report.difference {
+            assert!(difference.rounding <= ROUNDING_BUDGET, "{}", path.display());
+        }
+        assert!(once.encode().len() <= model.encode().len(), "{}", path.display());
+        let mut twice = Model::decode(once.encode().into(), None).unwrap();
+        pipeline::run(&pipeline::parse("simplify").unwrap(), &mut twice, &mut Context::default(), 0.0).unwrap();
+        assert_eq!(twice.graph.edits(), 0, "{}", path.display());
+    }
+}
+
+#[test]
+fn svd_halves_lenet300_and_vgg_within_half_a_point() {
+    for (name, data) in [("mnist_lenet300", "data/mnist.npz"), ("fmnist_vgg", "data/fashion.npz")] {
+        let model = open(&format!("models/{name}.onnx"));
+        let (small, report) = shrink(&model, &job("svd", Some(data)), &mut |_| {}).unwrap();
+        assert!(report.difference.unwrap().error <= 0.05);
+        assert!(small.encode().len() * 2 <= model.encode().len(), "{name}");
+        let (before, after) = (accuracy(&model, data), accuracy(&small, data));
+        assert!(after >= before - 0.005, "{name}: {before} {after}");
+    }
+}
+
+#[test]
+fn the_error_falls_as_the_rank_grows() {
+    let model = open("models/mnist_lenet300.onnx");
+    let mut errors = Vec::new();
+    for rank in [25, 50, 100, 200] {
+        let job = Job { max_error: Some(f64::INFINITY), ..job(&format!("svd:rank={rank}"), Some("data/mnist.npz")) };
+        errors.push(shrink(&model, &job, &mut |_| {}).unwrap().1.difference.unwrap().error);
+    }
+    assert!(errors.windows(2).all(|pair| pair[1] < pair[0]), "{errors:?}");
+    assert!(errors[3] < 0.02, "{errors:?}");
+}
+
+/// Every floating-point constant of `graph`.
+fn weights(graph: &Graph) -> Vec<Outlet> {
+    graph.values().into_values().filter(|&v| graph.constant(v).is_some_and(|t| t.f64s().is_some())).collect()
+}
+
+#[test]
+fn the_verifier_refuses_zeroed_weights_and_constant_outputs() {
+    for path in models() {
+        let model = Model::open(&path).unwrap();
+        let samples = Samples::gather(&model, &Request::default()).unwrap();
+        let reference = Reference::new(&model, samples.part(Split::Last)).unwrap();
+        assert_eq!(reference.compare(&model).unwrap().rounding, 0.0);
+        let mut zeroed = model.clone();
+        for weight in weights(&zeroed.graph) {
+            let value = zeroed.graph.constant(weight).unwrap();
+            let zero = onnx_shrink::ir::Tensor::floats(value.dtype(), value.dims(), &vec![0.0; value.len()]).unwrap();
+            zeroed.graph.set_weight(weight, Weight::dense(zero));
+        }
+        let difference = reference.compare(&zeroed).unwrap();
+        // Comparisons with NaN are false, which counts as refused.
+        let passes_lossy = difference.error <= 0.5 && difference.rounding <= 0.1;
+        let passes_exact = difference.rounding <= ROUNDING_BUDGET;
+        assert!(!passes_lossy && !passes_exact, "{}: {difference:?}", path.display());
+    }
+}
