@@ -1,4 +1,5 @@
 //! What passes need to know about a graph.
 
+pub mod channels;
 pub mod cost;
 pub mod shapes;

@@ -5,6 +5,7 @@ mod dedupe;
 mod fold_constants;
 mod fuse_batch_norm;
 mod identity;
+mod prune;
 mod svd;
 
 use crate::pass::PassInfo;
@@ -19,10 +20,19 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dedupe::Dedupe>(),
     PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
     PassInfo::of::<svd::Svd>(),
+    PassInfo::of::<prune::Prune>(),
 ];
 
 /// The pass called `name`.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static PassInfo> {
     PASSES.iter().find(|pass| pass.name == name)
+}
+
+/// An option that is a share.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a number between 0 and 1 is wanted".to_owned()),
+    }
 }

@@ -115,7 +115,10 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     let lossy = job.items.iter().any(|item| fidelity(item) == Fidelity::Lossy);
     progress("preparing samples");
     let samples = if job.verify { Some(Samples::gather(model, &job.request)?) } else { None };
-    let mut cx = Context { keep: job.keep.clone(), bound: job.request.shapes.clone(), ..Context::default() };
+    let mut cx = Context { keep: job.keep.clone(), ..Context::default() };
+    if samples.is_none() {
+        cx.bound = Samples::likely_shapes(model, &job.request);
+    }
     if let Some(samples) = &samples {
         cx.bound.clone_from(&samples.bound);
         report.random_inputs = samples.random;

@@ -62,6 +62,12 @@ impl Shapes {
         self.dims(value)?.iter().copied().collect()
     }
 
+    /// How many values are of a shape that is known.
+    #[must_use]
+    pub fn known_count(&self) -> usize {
+        self.facts.keys().filter(|&&value| self.known(value).is_some()).count()
+    }
+
     /// The rank of `value`.
     #[must_use]
     pub fn rank(&self, value: Outlet) -> Option<usize> {

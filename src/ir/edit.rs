@@ -1,11 +1,11 @@
 //! Mutations of a [`Graph`]. Each counts as an edit; names of the interface survive all of them.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use petgraph::{Direction, visit::EdgeRef};
 
 use super::{Body, Const, Graph, Inlet, Input, Kind, Node, NodeId, Op, Origin, Outlet, Output, Weight, Wire};
-use crate::proto::ValueInfoProto;
+use crate::proto::{TypeProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto};
 
 /// `base`, or the first of `base.2`, `base.3`, … that is not `taken`.
 pub(crate) fn fresh(base: &str, mut taken: impl FnMut(&str) -> bool) -> String {
@@ -257,6 +257,23 @@ impl Graph {
                 }
                 Kind::Op(op) => op.bodies.iter_mut().for_each(|body| body.graph.inline_external()),
                 _ => {}
+            }
+        }
+    }
+
+    /// Corrects the declared extents of values and outputs: for a name, the new extent of some axes.
+    pub(crate) fn edit_extents(&mut self, extents: &BTreeMap<String, Vec<(usize, usize)>>) {
+        let outputs = self.outputs.iter_mut().map(|output| &mut output.info);
+        for info in self.value_info.iter_mut().chain(outputs) {
+            let Some(changed) = extents.get(info.name()) else { continue };
+            let Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) = &mut info.r#type else {
+                continue;
+            };
+            let Some(shape) = &mut tensor.shape else { continue };
+            for &(axis, extent) in changed {
+                if let Some(dim) = shape.dim.get_mut(axis) {
+                    dim.value = Some(dimension::Value::DimValue(extent as i64));
+                }
             }
         }
     }

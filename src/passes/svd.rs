@@ -26,15 +26,8 @@ pub(super) struct Svd {
     #[arg(long)]
     rank: Option<usize>,
     /// The least rank that keeps this share of a weight's squared norm, between 0 and 1.
-    #[arg(long, value_parser = share)]
+    #[arg(long, value_parser = super::share)]
     energy: Option<f64>,
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("a number between 0 and 1 is wanted".to_owned()),
-    }
 }
 
 impl Declare for Svd {

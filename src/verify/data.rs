@@ -10,7 +10,7 @@ use super::{
     engine::{Cannot, Runner, Value},
 };
 use crate::{
-    analysis::shapes::Fact,
+    analysis::shapes::{Fact, Shapes},
     codec::Model,
     ir::{DType, Graph, Inlet, Outlet},
     linalg::normal,
@@ -162,6 +162,21 @@ impl Samples {
             }
         }
         Ok(Self { all: Vec::new(), random: true, bound: request.shapes.clone(), unrunnable, ignored })
+    }
+
+    /// Input shapes for a model that is not run: those of `request`, else open axes as large as lets shape inference see
+    /// the most.
+    #[must_use]
+    pub fn likely_shapes(model: &Model, request: &Request) -> Bound {
+        let slots = slots(&model.graph);
+        let shape = |slot: &Slot, open| request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open));
+        let bound = |open: usize| slots.iter().map(|slot| (slot.name.clone(), shape(slot, open))).collect::<Bound>();
+        let candidates = OPEN_AXES.iter().map(|&open| {
+            let bound = bound(open);
+            (Shapes::infer(&model.graph, &bound).known_count(), bound)
+        });
+        // The first of the best: larger inputs are likelier to be real ones.
+        candidates.reduce(|best, next| if next.0 > best.0 { next } else { best }).map(|best| best.1).unwrap_or_default()
     }
 
     /// All samples, in order.

@@ -1,0 +1,257 @@
+//! See [`Prune`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    analysis::channels::{Channels, Count, Role, Side},
+    ir::{Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::strides},
+    pass::{Context, Declare, Fidelity, Pass},
+};
+
+/// Remove whole channels of `Conv`, `ConvTranspose`, `Gemm` and `MatMul`, and everything that hangs on them.
+///
+/// A channel goes together with its bias, normalization, depthwise filters, the channels that residual additions,
+/// concatenations, splits and flattenings tie it to, and the slices of the weights that read it. Constant shapes and
+/// declared shapes follow.
+///
+/// Applies when: no operator on the way is one that the channel can't be followed through, and the channel is no input
+/// or output of the model. What is pinned so is reported with the reason.
+///
+/// Fidelity: lossy. Without `ratio`, the error budget decides how many channels of each layer go.
+#[derive(Debug, clap::Parser)]
+#[command(name = "prune")]
+pub(super) struct Prune {
+    /// The share of the channels of every layer that goes, between 0 and 1.
+    #[arg(long, value_parser = super::share)]
+    ratio: Option<f64>,
+    /// What makes a channel matter.
+    #[arg(long, value_enum, default_value = "l2")]
+    score: Score,
+}
+
+/// What makes a channel matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Score {
+    /// The sum of the absolute weights that make it (Li 2017).
+    L1,
+    /// The Euclidean norm of the weights that make it (Li 2017).
+    L2,
+    /// The mean absolute weight that reads it (He 2014).
+    Onorm,
+}
+
+impl Declare for Prune {
+    const NAME: &'static str = "prune";
+    const FIDELITY: Fidelity = Fidelity::Lossy;
+}
+
+impl Pass for Prune {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let channels = Channels::of(graph, &cx.shapes(graph));
+        let layers = layers(graph, &channels, cx);
+        let mut doomed = BTreeSet::new();
+        for layer in &layers {
+            doomed.extend(self.choose(graph, &channels, layer, cx));
+        }
+        cx.add("channels removed", doomed.len());
+        if !doomed.is_empty() {
+            remove(graph, &channels, &doomed);
+        }
+        Ok(())
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.ratio.is_some()
+    }
+}
+
+/// Channels that are made side by side: the classes along the axes that the same weights make.
+struct Layer {
+    classes: BTreeSet<usize>,
+    /// The weights that make and read them, once each.
+    sides: Vec<Side>,
+}
+
+/// The layers whose channels may go; those that are pinned or kept are reported.
+fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
+    let classes = |side: &Side| -> BTreeSet<usize> {
+        let extent = channels.extent(side.weight, side.axis).unwrap_or(0);
+        (0..extent).filter_map(|i| channels.class(side.weight, side.axis, i)).collect()
+    };
+    let mut layers: Vec<Layer> = Vec::new();
+    for side in channels.sides.iter().filter(|side| side.role == Role::Makes) {
+        let mut own = Layer { classes: classes(side), sides: vec![*side] };
+        let (joined, apart) = layers.into_iter().partition(|layer| !layer.classes.is_disjoint(&own.classes));
+        layers = apart;
+        for layer in <Vec<Layer> as IntoIterator>::into_iter(joined) {
+            own.classes.extend(layer.classes);
+            own.sides.extend(layer.sides);
+        }
+        layers.push(own);
+    }
+    layers.sort_by_key(|layer| layer.classes.first().copied());
+    for layer in &mut layers {
+        let readers = channels.sides.iter().filter(|side| side.role == Role::Reads);
+        layer.sides.extend(readers.filter(|side| !classes(side).is_disjoint(&layer.classes)));
+        let mut seen = BTreeSet::new();
+        layer.sides.retain(|side| seen.insert((side.weight, side.axis)));
+    }
+    layers.retain_mut(|layer| {
+        let names: Vec<_> = layer.sides.iter().map(|side| graph.name(side.weight)).collect();
+        let users = layer.sides.iter().flat_map(|side| graph.uses(side.weight));
+        let labels: Vec<_> = users.map(|(node, _)| graph.label(node)).collect();
+        let first = names.first().copied().unwrap_or_default();
+        if cx.is_kept(&names) || cx.is_kept(&labels) {
+            cx.decline(first, "kept by --keep");
+            return false;
+        }
+        let reason = layer.classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
+        layer.classes.retain(|&class| channels.pinned(class).is_none());
+        if let (true, Some(reason)) = (layer.classes.is_empty(), reason) {
+            cx.decline(first, &format!("its channels must stay: {reason}"));
+        }
+        !layer.classes.is_empty()
+    });
+    layers
+}
+
+impl Prune {
+    /// The channels of `layer` that go.
+    fn choose(&self, graph: &Graph, channels: &Channels, layer: &Layer, cx: &mut Context) -> Vec<usize> {
+        let mut scores: BTreeMap<usize, f64> = layer.classes.iter().map(|&class| (class, 0.0)).collect();
+        let mut bytes: BTreeMap<usize, f64> = BTreeMap::new();
+        let wanted = if self.score == Score::Onorm { Role::Reads } else { Role::Makes };
+        for side in &layer.sides {
+            let Some(weight) = graph.weight(side.weight) else { continue };
+            let Some(values) = weight.value().f64s() else { continue };
+            let extent = weight.value().dims()[side.axis];
+            let norms = self.norms(&values, weight.value().dims(), side.axis);
+            for (i, norm) in norms.into_iter().enumerate() {
+                let Some(class) = channels.class(side.weight, side.axis, i) else { continue };
+                *bytes.entry(class).or_default() += weight.stored_bytes() as f64 / extent as f64;
+                if side.role == wanted
+                    && let Some(score) = scores.get_mut(&class)
+                {
+                    *score += norm;
+                }
+            }
+        }
+        let total: f64 = scores.values().map(|s| s * s).sum();
+        let mut ranked: Vec<_> = scores.into_iter().collect();
+        ranked.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+        if !total.is_finite() {
+            cx.decline(&graph.name(layer.sides[0].weight).to_owned(), "its weights are not finite");
+            return Vec::new();
+        }
+        // The last channel of a layer stays.
+        let most = ranked.len() - 1;
+        let share = |score: f64| if total > 0.0 { score * score / total } else { 0.0 };
+        let count = match self.ratio {
+            Some(ratio) => ((ratio * ranked.len() as f64).floor() as usize).min(most),
+            None => {
+                let pays =
+                    |(class, score): &(usize, f64)| share(*score) < cx.price * bytes.get(class).copied().unwrap_or(0.0);
+                ranked.iter().take(most).take_while(|unit| pays(unit)).count()
+            }
+        };
+        cx.predicted += ranked[..count].iter().map(|unit| share(unit.1)).sum::<f64>();
+        if count > 0 {
+            cx.count("layers pruned");
+        }
+        ranked[..count].iter().map(|unit| unit.0).collect()
+    }
+
+    /// The norm of each slice along `axis`.
+    fn norms(&self, values: &[f64], dims: &[usize], axis: usize) -> Vec<f64> {
+        let (step, extent) = (strides(dims)[axis], dims[axis]);
+        let mut sums = vec![0.0; extent];
+        for (i, value) in values.iter().enumerate() {
+            sums[i / step % extent] += if self.score == Score::L2 { value * value } else { value.abs() };
+        }
+        let each = (values.len() / extent.max(1)).max(1) as f64;
+        sums.into_iter()
+            .map(|sum| match self.score {
+                Score::L1 => sum,
+                Score::L2 => sum.sqrt(),
+                Score::Onorm => sum / each,
+            })
+            .collect()
+    }
+}
+
+/// Removes the classes `doomed` from every constant, and what spells their count.
+fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>) {
+    let stays =
+        |value: Outlet, axis: usize, i: usize| channels.class(value, axis, i).is_none_or(|c| !doomed.contains(&c));
+    let kept =
+        |value: Outlet, axis: usize, extent: usize| (0..extent).filter(|&i| stays(value, axis, i)).collect::<Vec<_>>();
+    // Counts first: they are read off the values as they were.
+    let axes: Vec<_> =
+        channels.axes().map(|(value, axis, extent)| (value, axis, kept(value, axis, extent), extent)).collect();
+    let size = |value: Outlet, axis: usize| channels.extent(value, axis).map(|extent| kept(value, axis, extent).len());
+    let mut extents: BTreeMap<String, Vec<(usize, usize)>> = BTreeMap::new();
+    for (value, axis, kept, extent) in &axes {
+        if kept.len() < *extent {
+            extents.entry(graph.name(*value).to_owned()).or_default().push((*axis, kept.len()));
+        }
+    }
+    for count in &channels.counts {
+        respell(graph, count, &size);
+    }
+    let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
+    for (value, axis, kept, extent) in axes {
+        if kept.len() == extent {
+            continue;
+        }
+        let Some(weight) = selected.get(&value).or_else(|| graph.weight(value)) else { continue };
+        if let Some(weight) = weight.select(axis, &kept) {
+            selected.insert(value, weight);
+        }
+    }
+    for (value, weight) in selected {
+        let name = format!("{}.prune", graph.name(value));
+        let new = graph.add_const(weight, &name);
+        graph.replace_uses(value, new);
+        graph.sweep(value.node);
+    }
+    graph.edit_extents(&extents);
+}
+
+/// Rewrites an attribute or constant that spells a count of channels.
+fn respell(graph: &mut Graph, count: &Count, size: &dyn Fn(Outlet, usize) -> Option<usize>) -> Option<()> {
+    match *count {
+        Count::Group(node) => {
+            let channels = size(graph.operand(node, 0)?, 1)? as i64;
+            if graph.op(node)?.int("group") != Some(channels) {
+                graph.edit_op(node, |op| *op = std::mem::take(op).with_int("group", channels));
+            }
+        }
+        Count::Shape(node, axis) => {
+            let shape = graph.operand(node, 1)?;
+            let mut entries = graph.constant(shape)?.i64s()?;
+            entries[axis] = size(node.out(), axis)? as i64;
+            set_ints(graph, node, shape, &entries)?;
+        }
+        Count::Split(node, axis) => {
+            let parts = (0..graph.output_count(node)).map(|slot| Some(size(node.at(slot), axis)? as i64));
+            let parts: Vec<_> = parts.collect::<Option<_>>()?;
+            match graph.operand(node, 1) {
+                Some(split) => set_ints(graph, node, split, &parts)?,
+                None => graph.edit_op(node, |op: &mut Op| *op = std::mem::take(op).with_ints("split", &parts)),
+            }
+        }
+    }
+    Some(())
+}
+
+/// Has `node` read `entries` in slot 1, where it read the constant `old`.
+fn set_ints(graph: &mut Graph, node: NodeId, old: Outlet, entries: &[i64]) -> Option<()> {
+    if graph.constant(old)?.i64s()? == entries {
+        return Some(());
+    }
+    let name = format!("{}.prune", graph.name(old));
+    let new = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], entries)), &name);
+    graph.set_operand(node, 1, Some(new));
+    graph.sweep(old.node);
+    Some(())
+}
