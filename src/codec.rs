@@ -144,6 +144,12 @@ impl Model {
         self.to_proto().encode_to_vec()
     }
 
+    /// A model of `graph`, a segment of this one's, over the same operator sets and functions.
+    pub(crate) fn with_graph(&self, graph: Graph) -> Self {
+        let rest = ModelProto { training_info: Vec::new(), ..self.rest.clone() };
+        Self { graph, rest, source: Source::default() }
+    }
+
     /// Bytes of the file it was read from, external data included.
     #[must_use]
     pub fn source_bytes(&self) -> usize {

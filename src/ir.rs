@@ -14,6 +14,7 @@
 
 mod check;
 mod edit;
+mod extract;
 mod op;
 pub mod tensor;
 mod weight;

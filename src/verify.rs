@@ -3,6 +3,7 @@
 pub mod data;
 mod engine;
 pub mod error;
+mod regions;
 
 use std::collections::BTreeMap;
 
@@ -10,6 +11,7 @@ use self::error::Pooled;
 pub use self::{
     data::{DataError, Request, Samples, Split},
     engine::{Cannot, Runner, Value, catches_panics},
+    regions::compare_regions,
 };
 use crate::codec::Model;
 
@@ -58,9 +60,14 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn compare(&self, model: &Model) -> Result<Difference, Cannot> {
-        let runner = Runner::new(model, self.inputs.first().ok_or(Cannot::NoSamples)?)?;
+        self.compare_on(model, &self.inputs)
+    }
+
+    /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
+    fn compare_on(&self, model: &Model, inputs: &[Vec<Value>]) -> Result<Difference, Cannot> {
+        let runner = Runner::new(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
-        for (sample, wanted) in self.inputs.iter().zip(&self.outputs) {
+        for (sample, wanted) in inputs.iter().zip(&self.outputs) {
             for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&runner.run(sample)?) {
                 pool.add(wanted, found);
             }

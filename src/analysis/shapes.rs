@@ -35,9 +35,19 @@ impl Shapes {
     /// Infers the facts of `graph`, whose inputs have the shapes of `bound` where it names them, else those declared.
     #[must_use]
     pub fn infer(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>) -> Self {
+        Self::with(graph, bound, &BTreeMap::new())
+    }
+
+    /// Infers the facts of a body that captures values of the facts `captured`, by number.
+    #[must_use]
+    pub fn infer_body(graph: &Graph, captured: &BTreeMap<u32, Fact>) -> Self {
+        Self::with(graph, &BTreeMap::new(), captured)
+    }
+
+    fn with(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, captured: &BTreeMap<u32, Fact>) -> Self {
         let mut shapes = Self::default();
         for id in graph.order() {
-            for (slot, fact) in (0..).zip(shapes.node(graph, id, bound)) {
+            for (slot, fact) in (0..).zip(shapes.node(graph, id, bound, captured)) {
                 shapes.facts.insert(id.at(slot), fact);
             }
         }
@@ -74,7 +84,13 @@ impl Shapes {
         self.dims(value).map(<[Dim]>::len)
     }
 
-    fn node(&self, graph: &Graph, id: NodeId, bound: &BTreeMap<String, Vec<usize>>) -> Vec<Fact> {
+    fn node(
+        &self,
+        graph: &Graph,
+        id: NodeId,
+        bound: &BTreeMap<String, Vec<usize>>,
+        captured: &BTreeMap<u32, Fact>,
+    ) -> Vec<Fact> {
         let declared = |value: Outlet| graph.info(graph.name(value)).map(Fact::declared).unwrap_or_default();
         match graph.kind(id) {
             Kind::Input => {
@@ -85,7 +101,8 @@ impl Shapes {
                 vec![fact]
             }
             Kind::Const(constant) => vec![Fact::of(constant.weight.value())],
-            Kind::Capture(_) | Kind::Sparse(_) => vec![declared(id.out())],
+            Kind::Capture(i) => vec![captured.get(i).cloned().unwrap_or_else(|| declared(id.out()))],
+            Kind::Sparse(_) => vec![declared(id.out())],
             Kind::Op(op) => {
                 let operands = graph.operands(id);
                 let inputs: Vec<_> = operands
@@ -190,6 +207,7 @@ impl Rule<'_> {
             "Squeeze" => self.squeeze(),
             "Unsqueeze" => self.unsqueeze(),
             "Shape" => Some(self.shape()),
+            "ConstantOfShape" => self.constant_of_shape(),
             "Gather" => self.gather(),
             "Slice" => self.slice(),
             "Pad" => one(self.pad()),
@@ -432,6 +450,20 @@ impl Rule<'_> {
         let end = clamp(self.op.int("end").unwrap_or(rank)).max(begin);
         let ints: Vec<_> = dims[begin..end].iter().map(|d| d.map(|d| d as i64)).collect();
         vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len())]), ints: Some(ints) }]
+    }
+
+    fn constant_of_shape(&self) -> Option<Vec<Fact>> {
+        let wanted = self.inputs[0].ints.as_ref()?;
+        let dims: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
+        let value = self.op.tensor("value");
+        let dtype = value.as_ref().map_or(DType::Float, Tensor::dtype);
+        let fill = value.and_then(|value| value.i64s()?.first().copied());
+        let count = match dims[..] {
+            [Some(count)] if count <= MAX_FOLLOWED => Some(count),
+            _ => None,
+        };
+        let ints = fill.zip(count).map(|(fill, count)| vec![Some(fill); count]);
+        Some(vec![Fact { dtype: Some(dtype), dims: Some(dims), ints }])
     }
 
     fn gather(&self) -> Option<Vec<Fact>> {

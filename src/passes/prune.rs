@@ -140,19 +140,18 @@ impl Prune {
         let mut ranked: Vec<_> = scores.into_iter().collect();
         ranked.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
         if !total.is_finite() {
-            cx.decline(&graph.name(layer.sides[0].weight).to_owned(), "its weights are not finite");
+            cx.decline(graph.name(layer.sides[0].weight), "its weights are not finite");
             return Vec::new();
         }
         // The last channel of a layer stays.
         let most = ranked.len() - 1;
         let share = |score: f64| if total > 0.0 { score * score / total } else { 0.0 };
-        let count = match self.ratio {
-            Some(ratio) => ((ratio * ranked.len() as f64).floor() as usize).min(most),
-            None => {
-                let pays =
-                    |(class, score): &(usize, f64)| share(*score) < cx.price * bytes.get(class).copied().unwrap_or(0.0);
-                ranked.iter().take(most).take_while(|unit| pays(unit)).count()
-            }
+        let count = if let Some(ratio) = self.ratio {
+            ((ratio * ranked.len() as f64).floor() as usize).min(most)
+        } else {
+            let saved = |class: &usize| bytes.get(class).copied().unwrap_or(0.0);
+            let pays = |(class, score): &(usize, f64)| share(*score) < cx.price * saved(class);
+            ranked.iter().take(most).take_while(|unit| pays(unit)).count()
         };
         cx.predicted += ranked[..count].iter().map(|unit| share(unit.1)).sum::<f64>();
         if count > 0 {

@@ -14,6 +14,11 @@ use crate::{
     codec::Model,
     ir::{DType, Graph, Inlet, Outlet},
     linalg::normal,
+    proto::{
+        TypeProto, ValueInfoProto,
+        tensor_shape_proto::{Dimension, dimension},
+        type_proto,
+    },
 };
 
 /// Random samples for the search, and as many others for the final word.
@@ -105,6 +110,8 @@ pub enum DataError {
 struct Slot {
     name: String,
     fact: Fact,
+    /// Axes that are called like the first axis of some input: batches.
+    batches: Vec<usize>,
     below: usize,
 }
 
@@ -161,7 +168,8 @@ impl Samples {
                 Some(why) => unrunnable = this.unrunnable.or(Some(why.to_string())),
             }
         }
-        Ok(Self { all: Vec::new(), random: true, bound: request.shapes.clone(), unrunnable, ignored })
+        let bound = Self::likely_shapes(model, request);
+        Ok(Self { all: Vec::new(), random: true, bound, unrunnable, ignored })
     }
 
     /// Input shapes for a model that is not run: those of `request`, else open axes as large as lets shape inference see
@@ -221,7 +229,7 @@ impl Samples {
 impl Slot {
     fn shape(&self, open: usize) -> Vec<usize> {
         let dims = self.fact.dims.as_deref().unwrap_or_default();
-        dims.iter().enumerate().map(|(i, d)| d.unwrap_or(if i == 0 { 1 } else { open })).collect()
+        dims.iter().enumerate().map(|(i, d)| d.unwrap_or(if self.batches.contains(&i) { 1 } else { open })).collect()
     }
 
     fn random(&self, dims: &[usize], fixed: Option<f64>, random: &mut impl Rng) -> Value {
@@ -239,11 +247,27 @@ impl Slot {
 
 /// The inputs that must be fed, with the size of the table that each indexes.
 fn slots(graph: &Graph) -> Vec<Slot> {
+    let firsts: Vec<_> = graph.fed_inputs().filter_map(|input| axis_names(&input.info).into_iter().next()).collect();
     let slot = |input: &crate::ir::Input| {
         let below = table(graph, input.node.out()).unwrap_or(INTEGERS_BELOW).min(INTEGERS_BELOW);
-        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), below }
+        let names = axis_names(&input.info);
+        let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
+        let batches = batches.collect();
+        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), batches, below }
     };
     graph.fed_inputs().map(slot).collect()
+}
+
+/// The names of the open axes of an input; empty for the others.
+fn axis_names(info: &ValueInfoProto) -> Vec<String> {
+    let Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) = &info.r#type else {
+        return Vec::new();
+    };
+    let name = |dim: &Dimension| match &dim.value {
+        Some(dimension::Value::DimParam(name)) => name.clone(),
+        _ => String::new(),
+    };
+    tensor.shape.iter().flat_map(|shape| shape.dim.iter().map(name)).collect()
 }
 
 /// The extent of the smallest table that `value` is an index into.

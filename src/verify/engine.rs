@@ -41,6 +41,14 @@ pub enum Cannot {
     /// The engine refuses the model.
     #[error("tract can't run it: {0}")]
     Engine(String),
+    /// A region that changed can't be run.
+    #[error("what computes `{value}` changed, and {why}")]
+    Region {
+        /// The value that the region makes.
+        value: String,
+        /// Why it can't be run.
+        why: String,
+    },
     /// The element type of an input is none that can be fed.
     #[error("input `{0}` is of a type that can't be fed")]
     InputType(String),

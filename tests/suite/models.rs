@@ -6,7 +6,7 @@ use onnx_shrink::{
     pass::Context,
     pipeline,
     shrink::{Job, shrink},
-    verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split},
+    verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
 
 use crate::{fixture, models};
@@ -103,5 +103,63 @@ fn the_verifier_refuses_zeroed_weights_and_constant_outputs() {
         let passes_lossy = difference.error <= 0.5 && difference.rounding <= 0.1;
         let passes_exact = difference.rounding <= ROUNDING_BUDGET;
         assert!(!passes_lossy && !passes_exact, "{}: {difference:?}", path.display());
+    }
+}
+
+#[test]
+fn regions_are_proven_equal_and_a_changed_weight_is_found() {
+    for path in models() {
+        let model = Model::open(&path).unwrap();
+        let bound = Samples::likely_shapes(&model, &Request::default());
+        let (simple, _) = shrink(&model, &job("simplify", None), &mut |_| {}).unwrap();
+        let difference = compare_regions(&model, &simple, &bound).unwrap();
+        assert!(difference.rounding <= ROUNDING_BUDGET, "{}: {difference:?}", path.display());
+        let mut wrong = simple.clone();
+        let largest =
+            weights(&wrong.graph).into_iter().max_by_key(|&w| wrong.graph.constant(w).unwrap().len()).unwrap();
+        let value = wrong.graph.constant(largest).unwrap();
+        let halved: Vec<_> = value.f64s().unwrap().iter().map(|v| v / 2.0).collect();
+        let halved = onnx_shrink::ir::Tensor::floats(value.dtype(), value.dims(), &halved).unwrap();
+        wrong.graph.set_weight(largest, Weight::dense(halved));
+        let difference = compare_regions(&model, &wrong, &bound).unwrap();
+        assert!(difference.rounding > 100.0 * ROUNDING_BUDGET, "{}: {difference:?}", path.display());
+    }
+}
+
+#[test]
+fn pruning_removes_channels_with_everything_downstream() {
+    for name in ["fmnist_resnet14", "fmnist_vgg", "ppocr_cls", "mnist_lenet300"] {
+        let model = open(&format!("models/{name}.onnx"));
+        let unverified = Job { verify: false, ..job("prune:ratio=0.3", None) };
+        let (small, report) = shrink(&model, &unverified, &mut |_| {}).unwrap();
+        assert!(report.after.parameters < report.before.parameters * 7 / 10, "{name}: {report:?}");
+        assert!(report.after.macs < report.before.macs * 7 / 10, "{name}: {report:?}");
+        // It still runs: shapes, biases, residual additions and flattenings followed.
+        let samples = Samples::gather(&small, &Request::default()).unwrap();
+        assert_eq!(samples.unrunnable, None, "{name}");
+    }
+}
+
+#[test]
+fn kept_layers_are_left_alone_and_named() {
+    let model = open("models/mnist_lenet300.onnx");
+    let mut keep = globset::GlobSetBuilder::new();
+    keep.add(globset::Glob::new("*").unwrap());
+    let job = Job { keep: keep.build().unwrap(), verify: false, ..job("svd:rank=8,prune:ratio=0.5", None) };
+    let (same, report) = shrink(&model, &job, &mut |_| {}).unwrap();
+    assert!(same.encode() == model.encode());
+    assert!(report.passes.iter().any(|pass| pass.declined.iter().any(|why| why.contains("kept by --keep"))));
+}
+
+#[test]
+fn svd_and_prune_share_one_budget() {
+    for (name, data) in [("mnist_lenet300", "data/mnist.npz"), ("fmnist_vgg", "data/fashion.npz")] {
+        let model = open(&format!("models/{name}.onnx"));
+        let (small, report) = shrink(&model, &job("svd,prune", Some(data)), &mut |_| {}).unwrap();
+        let removed = |pass: &str| report.passes.iter().find(|p| p.pass == pass).unwrap().bytes_removed;
+        assert!(removed("svd") > 0 && removed("prune") > 0, "{name}: {report:?}");
+        assert!(small.encode().len() * 2 <= model.encode().len(), "{name}");
+        assert!(report.difference.as_ref().unwrap().error <= report.budget.unwrap(), "{name}");
+        assert!(accuracy(&small, data) >= accuracy(&model, data) - 0.005, "{name}");
     }
 }
