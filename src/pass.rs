@@ -128,6 +128,8 @@ pub struct Context {
     pub keep: GlobSet,
     /// Predicted error that the pass may add for each byte that it saves, for a pass that the budget drives.
     pub price: f64,
+    /// The most that one layer's predicted error may be, for a pass that the budget drives.
+    pub ceiling: f64,
     /// The error that the pass predicts: relative, squared, summed over layers.
     pub predicted: f64,
     /// What it did, for the report: `("layers factored", 3)`.
@@ -169,8 +171,8 @@ impl Context {
     }
 
     /// Forgets what the last pass left, but not what holds for the model.
-    pub(crate) fn reset(&mut self, price: f64) {
-        self.price = price;
+    pub(crate) fn reset(&mut self, price: f64, ceiling: f64) {
+        (self.price, self.ceiling) = (price, ceiling);
         self.predicted = 0.0;
         self.tally.clear();
         self.declined.clear();

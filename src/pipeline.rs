@@ -39,6 +39,15 @@ pub enum Item {
     Pass(Step),
 }
 
+/// How much passes that the budget drives may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Serialize)]
+pub struct Price {
+    /// Predicted error, relative and squared, that a byte saved may cost.
+    pub per_byte: f64,
+    /// The most that the predicted error of one layer may be.
+    pub ceiling: f64,
+}
+
 /// What is wrong with `--passes`.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
@@ -153,7 +162,7 @@ pub fn transact(name: &str, pass: &dyn Pass, graph: &mut Graph, cx: &mut Context
 /// # Errors
 ///
 /// See [`transact`].
-pub fn run(items: &[Item], model: &mut Model, cx: &mut Context, price: f64) -> Result<Vec<Outcome>, PipelineError> {
+pub fn run(items: &[Item], model: &mut Model, cx: &mut Context, price: Price) -> Result<Vec<Outcome>, PipelineError> {
     let mut outcomes = Vec::new();
     for item in items {
         match item {
@@ -173,9 +182,9 @@ fn one(
     pass: &dyn Pass,
     model: &mut Model,
     cx: &mut Context,
-    price: f64,
+    price: Price,
 ) -> Result<Outcome, PipelineError> {
-    cx.reset(price);
+    cx.reset(price.per_byte, price.ceiling);
     let before = Cost::bytes(model);
     let changed = transact(name, pass, &mut model.graph, cx)?;
     let after = if changed { Cost::bytes(model) } else { before };
@@ -197,7 +206,7 @@ fn simplify(model: &mut Model, cx: &mut Context, outcomes: &mut Vec<Outcome>) ->
         let edits = model.graph.edits();
         for (i, info) in passes.iter().enumerate() {
             let Ok(pass) = info.build(&[]) else { continue };
-            let outcome = one(info.name, info.fidelity, pass.as_ref(), model, cx, 0.0)?;
+            let outcome = one(info.name, info.fidelity, pass.as_ref(), model, cx, Price::default())?;
             match outcomes.get_mut(first + i) {
                 Some(total) => total.absorb(outcome),
                 None => outcomes.push(outcome),

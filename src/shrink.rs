@@ -6,7 +6,7 @@ use crate::{
     analysis::cost::Cost,
     codec::Model,
     pass::{Context, Fidelity},
-    pipeline::{self, Item, Outcome, PipelineError},
+    pipeline::{self, Item, Outcome, PipelineError, Price},
     verify::{Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
 
@@ -23,6 +23,9 @@ const RETRIES: usize = 4;
 const PRICE_RATIO: f64 = 1.25;
 /// Prices are looked for this far from the first guess, up and down.
 const PRICE_SPAN: f64 = 1e8;
+
+/// Ceilings are looked for this far from the squared budget, up and down.
+const CEILING_SPAN: f64 = 100.0;
 
 /// What a person asked for.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ pub struct Report {
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
     /// Predicted error for each byte saved that the search settled on.
-    pub price: Option<f64>,
+    pub price: Option<Price>,
     /// Whether the samples were random.
     pub random_inputs: bool,
     /// What a person should know.
@@ -140,7 +143,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         samples => {
             progress("running passes");
             let mut result = base;
-            report.passes = pipeline::run(&job.items, &mut result, &mut cx, 0.0)?;
+            report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
             if let Some(samples) = samples.filter(|_| result.graph.edits() != model.graph.edits()) {
                 progress("verifying");
                 report.difference = Some(prove_same(model, &result, &samples)?);
@@ -212,7 +215,7 @@ fn within_budget(
         let found = if free {
             search.price(&|d| allowed(d, aim), budget, progress)?
         } else {
-            Some(search.trial(0.0, progress)?)
+            Some(search.trial(Price::default(), progress)?)
         };
         let Some(trial) = found else { break };
         progress("verifying on samples not seen before");
@@ -237,7 +240,7 @@ fn within_budget(
     report.notes.push(format!("nothing could be removed within an error of {budget}: only exact rewrites were made"));
     let exact: Vec<Item> = vec![Item::Simplify];
     let mut result = base.clone();
-    report.passes = pipeline::run(&exact, &mut result, cx, 0.0)?;
+    report.passes = pipeline::run(&exact, &mut result, cx, Price::default())?;
     let difference = last.compare(&result)?;
     if difference.rounding > ROUNDING_BUDGET || difference.rounding.is_nan() {
         return Err(ShrinkError::Differs { found: difference.rounding, budget: ROUNDING_BUDGET });
@@ -268,7 +271,7 @@ struct Trial {
     outcomes: Vec<Outcome>,
     difference: Difference,
     bytes: usize,
-    price: f64,
+    price: Price,
 }
 
 impl Search<'_> {
@@ -281,6 +284,7 @@ impl Search<'_> {
         // The whole budget for the whole file: the right order of magnitude.
         let guess = budget * budget / Cost::bytes(self.base).max(1) as f64;
         self.calibrate(guess, progress)?;
+        let open = |per_byte: f64| Price { per_byte, ceiling: f64::INFINITY };
         let (mut low, mut high) = (guess, guess);
         let mut best: Option<Trial> = None;
         let mut keep = |trial: Trial| {
@@ -290,10 +294,10 @@ impl Search<'_> {
             }
             good
         };
-        if keep(self.trial(guess, progress)?) {
+        if keep(self.trial(open(guess), progress)?) {
             while high < guess * PRICE_SPAN {
                 high *= 8.0;
-                if !keep(self.trial(high, progress)?) {
+                if !keep(self.trial(open(high), progress)?) {
                     break;
                 }
                 low = high;
@@ -301,7 +305,7 @@ impl Search<'_> {
         } else {
             while low > guess / PRICE_SPAN {
                 low /= 8.0;
-                if keep(self.trial(low, progress)?) {
+                if keep(self.trial(open(low), progress)?) {
                     break;
                 }
                 high = low;
@@ -309,10 +313,23 @@ impl Search<'_> {
         }
         while high / low > PRICE_RATIO {
             let middle = (low * high).sqrt();
-            if keep(self.trial(middle, progress)?) {
+            if keep(self.trial(open(middle), progress)?) {
                 low = middle;
             } else {
                 high = middle;
+            }
+        }
+        // What is left of the budget goes to one pass after another: its next choices, but none dearer than a ceiling.
+        for i in (0..self.items.len()).filter(|&i| is_free(&self.items[i])) {
+            let (mut floor, mut top) = (budget * budget / CEILING_SPAN, budget * budget * CEILING_SPAN);
+            while top / floor > PRICE_RATIO {
+                let ceiling = (floor * top).sqrt();
+                let dearer = Price { per_byte: high, ceiling };
+                if keep(self.measure(&[], &|item| if item == i { dearer } else { open(low) }, progress)?) {
+                    floor = ceiling;
+                } else {
+                    top = ceiling;
+                }
             }
         }
         Ok(best)
@@ -327,7 +344,8 @@ impl Search<'_> {
         }
         for &i in &free {
             let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
-            let trial = self.without(&others, price, progress)?;
+            let price = Price { per_byte: price, ceiling: f64::INFINITY };
+            let trial = self.measure(&others, &|_| price, progress)?;
             let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
             let measured = trial.difference.error.powi(2);
             if predicted > 0.0 && measured.is_finite() && measured > 0.0 {
@@ -337,15 +355,15 @@ impl Search<'_> {
         Ok(())
     }
 
-    fn trial(&mut self, price: f64, progress: &mut dyn FnMut(&str)) -> Result<Trial, ShrinkError> {
-        self.without(&[], price, progress)
+    fn trial(&mut self, price: Price, progress: &mut dyn FnMut(&str)) -> Result<Trial, ShrinkError> {
+        self.measure(&[], &|_| price, progress)
     }
 
-    /// Runs all items but those `left_out`, and measures.
-    fn without(
+    /// Runs all items but those `left_out`, each at its price, and measures.
+    fn measure(
         &mut self,
         left_out: &[usize],
-        price: f64,
+        price_of: &dyn Fn(usize) -> Price,
         progress: &mut dyn FnMut(&str),
     ) -> Result<Trial, ShrinkError> {
         self.tried += 1;
@@ -353,10 +371,12 @@ impl Search<'_> {
         let mut model = self.base.clone();
         let mut outcomes = Vec::new();
         for (i, item) in self.items.iter().enumerate().filter(|(i, _)| !left_out.contains(i)) {
-            let own = price / self.factors.get(i).copied().unwrap_or(1.0);
+            let price = price_of(i);
+            let factor = self.factors.get(i).copied().unwrap_or(1.0);
+            let own = Price { per_byte: price.per_byte / factor, ceiling: price.ceiling / factor };
             outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, self.cx, own)?);
         }
         let difference = self.reference.compare(&model)?;
-        Ok(Trial { bytes: Cost::bytes(&model), model, outcomes, difference, price })
+        Ok(Trial { bytes: Cost::bytes(&model), model, outcomes, difference, price: price_of(self.items.len()) })
     }
 }

@@ -5,7 +5,7 @@ mod engine;
 pub mod error;
 mod regions;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use self::error::Pooled;
 pub use self::{
@@ -13,7 +13,11 @@ pub use self::{
     engine::{Cannot, Runner, Value, catches_panics},
     regions::compare_regions,
 };
-use crate::codec::Model;
+use crate::{
+    codec::Model,
+    ir::{Graph, Outlet},
+    proto::ValueInfoProto,
+};
 
 /// What exact and rounding passes may change: the relative difference of each output and sample.
 pub const ROUNDING_BUDGET: f64 = 1e-4;
@@ -39,6 +43,41 @@ pub struct Reference {
     inputs: Vec<Vec<Value>>,
     outputs: Vec<Vec<Value>>,
     names: Vec<String>,
+    /// Outputs that hardly vary, which are also judged before the operator that squashes them.
+    flat: Vec<String>,
+}
+
+/// Operators whose result may stand still while what goes in varies.
+const SQUASHING: &[&str] = &["Sigmoid", "Softmax", "ArgMax", "TopK", "NonMaxSuppression"];
+
+/// `model` with what goes into the last squashing operator before each of `outputs` as an output more.
+fn with_logits(model: &Model, outputs: &[String]) -> Model {
+    let mut model = model.clone();
+    for name in outputs {
+        let found = model.graph.outputs().iter().find(|output| output.info.name() == name).map(|output| output.value);
+        if let Some(logits) = found.and_then(|value| logits(&model.graph, value))
+            && !model.graph.is_output(logits)
+        {
+            let info = ValueInfoProto { name: Some(model.graph.name(logits).to_owned()), ..ValueInfoProto::default() };
+            model.graph.push_output(logits, info);
+        }
+    }
+    model
+}
+
+/// What goes into the last squashing operator before `value`.
+fn logits(graph: &Graph, value: Outlet) -> Option<Outlet> {
+    let (mut seen, mut queue) = (BTreeSet::new(), VecDeque::from([value]));
+    while let Some(value) = queue.pop_front() {
+        let Some(op) = graph.op(value.node) else { continue };
+        if op.standard().is_some_and(|op| SQUASHING.contains(&op)) {
+            return graph.operand(value.node, 0);
+        }
+        if seen.insert(value.node) {
+            queue.extend(graph.operands(value.node).into_iter().flatten());
+        }
+    }
+    None
 }
 
 impl Reference {
@@ -48,10 +87,20 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn new(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
+        let mut reference = Self::plain(model, inputs)?;
+        reference.flat = reference.unexercised();
+        if !reference.flat.is_empty() {
+            let flat = std::mem::take(&mut reference.flat);
+            reference = Self { flat: flat.clone(), ..Self::plain(&with_logits(model, &flat), reference.inputs)? };
+        }
+        Ok(reference)
+    }
+
+    fn plain(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
         let runner = Runner::new(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let outputs = inputs.iter().map(|sample| runner.run(sample)).collect::<Result<_, _>>()?;
         let names = model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
-        Ok(Self { inputs, outputs, names })
+        Ok(Self { inputs, outputs, names, flat: Vec::new() })
     }
 
     /// Compares `model`'s outputs on the same samples.
@@ -65,7 +114,8 @@ impl Reference {
 
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
     fn compare_on(&self, model: &Model, inputs: &[Vec<Value>]) -> Result<Difference, Cannot> {
-        let runner = Runner::new(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
+        let model = with_logits(model, &self.flat);
+        let runner = Runner::new(&model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
         for (sample, wanted) in inputs.iter().zip(&self.outputs) {
             for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&runner.run(sample)?) {
@@ -84,15 +134,19 @@ impl Reference {
         Ok(difference)
     }
 
-    /// Whether no output varies enough over the samples to be judged by.
+    /// Whether no output, and nothing that is squashed into one, varies enough over the samples to be judged by.
     #[must_use]
     pub fn is_flat(&self) -> bool {
-        let pools = (0..self.names.len()).map(|o| {
+        self.unexercised().len() == self.names.len()
+    }
+
+    fn unexercised(&self) -> Vec<String> {
+        let flat = |o: &usize| {
             let mut pool = Pooled::default();
-            self.outputs.iter().for_each(|sample| pool.add(&sample[o], &sample[o]));
-            pool
-        });
-        pools.into_iter().all(|pool| pool.error().is_none())
+            self.outputs.iter().for_each(|sample| pool.add(&sample[*o], &sample[*o]));
+            pool.error().is_none() || pool.stands_still()
+        };
+        (0..self.names.len()).filter(flat).map(|o| self.names[o].clone()).collect()
     }
 }
 

@@ -150,7 +150,11 @@ impl Prune {
             ((ratio * ranked.len() as f64).floor() as usize).min(most)
         } else {
             let saved = |class: &usize| bytes.get(class).copied().unwrap_or(0.0);
-            let pays = |(class, score): &(usize, f64)| share(*score) < cx.price * saved(class);
+            let mut error = 0.0;
+            let mut pays = |(class, score): &(usize, f64)| {
+                error += share(*score);
+                share(*score) < cx.price * saved(class) && error <= cx.ceiling
+            };
             ranked.iter().take(most).take_while(|unit| pays(unit)).count()
         };
         cx.predicted += ranked[..count].iter().map(|unit| share(unit.1)).sum::<f64>();

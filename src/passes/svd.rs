@@ -141,7 +141,7 @@ impl Svd {
             spectrum
         };
         let element = stored.stored_bytes() as f64 / (rows * columns) as f64;
-        let Some(rank) = self.choose(&spectrum, rows, columns, element, cx.price) else {
+        let Some(rank) = self.choose(&spectrum, rows, columns, element, cx) else {
             cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
             return None;
         };
@@ -160,7 +160,7 @@ impl Svd {
     }
 
     /// The rank for a weight, or `None` to leave it whole.
-    fn choose(&self, spectrum: &Spectrum, rows: usize, columns: usize, element: f64, price: f64) -> Option<usize> {
+    fn choose(&self, spectrum: &Spectrum, rows: usize, columns: usize, element: f64, cx: &Context) -> Option<usize> {
         let (sides, whole) = (rows + columns, rows * columns);
         if let Some(rank) = self.rank {
             return Some(rank.max(1)).filter(|r| *r <= spectrum.basis.ncols());
@@ -170,11 +170,16 @@ impl Svd {
             return (1..=most.min(spectrum.energies.len()))
                 .find(|&r| spectrum.tail(r) <= (1.0 - energy) * spectrum.total);
         }
-        // The least of error + price · bytes; leaving the weight whole costs no error.
+        // The least of error + price · bytes; leaving the weight whole costs no error. Just below break-even, ranks save
+        // little and never win on price: a ceiling on the error is what reaches them.
+        let price = cx.price;
+        let saved = |rank: usize| element * (whole - rank * sides) as f64 - OVERHEAD;
         let cost =
             |rank: usize| spectrum.tail(rank) / spectrum.total + price * (element * (rank * sides) as f64 + OVERHEAD);
-        let best = (1..=most).map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-        (best.0 < price * element * whole as f64).then_some(best.1)
+        let error = |rank: usize| spectrum.tail(rank) / spectrum.total;
+        let options = (1..=most).filter(|&rank| error(rank) <= cx.ceiling && saved(rank) > 0.0);
+        let best = options.map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+        (cx.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
     }
 }
 

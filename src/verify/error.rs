@@ -17,6 +17,9 @@ pub struct Pooled {
     flipped: usize,
     unequal: usize,
     discrete: usize,
+    /// The first sample of a discrete output, and whether all others are like it.
+    first: Option<Vec<f64>>,
+    varies: bool,
     broken: bool,
     /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample.
     pub rounding: f64,
@@ -34,6 +37,8 @@ impl Pooled {
         let (y, z) = (&wanted.values, &found.values);
         if !wanted.is_float {
             let unequal = y.iter().zip(z).filter(|(a, b)| a != b).count();
+            self.varies |= self.first.as_ref().is_some_and(|first| first != y);
+            self.first.get_or_insert_with(|| y.clone());
             self.unequal += unequal;
             self.discrete += y.len();
             self.rounding = super::max(self.rounding, unequal as f64 / y.len().max(1) as f64);
@@ -84,6 +89,12 @@ impl Pooled {
         let spread = (self.sum_of_squares - mean_part).max(0.0).sqrt();
         let floor = (FLAT * self.sum_of_squares.sqrt()).max(FLAT * (self.elements as f64).sqrt());
         (spread > floor).then(|| self.difference.sqrt() / spread)
+    }
+
+    /// Whether a discrete output is the same for every sample.
+    #[must_use]
+    pub fn stands_still(&self) -> bool {
+        self.discrete > 0 && !self.varies
     }
 
     /// The share of samples whose largest class score moved.

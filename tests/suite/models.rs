@@ -4,7 +4,7 @@ use onnx_shrink::{
     codec::Model,
     ir::{Graph, Outlet, Weight},
     pass::Context,
-    pipeline,
+    pipeline::{self, Price},
     shrink::{Job, shrink},
     verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
@@ -51,7 +51,8 @@ fn simplify_changes_only_rounding_and_a_second_run_nothing() {
         }
         assert!(once.encode().len() <= model.encode().len(), "{}", path.display());
         let mut twice = Model::decode(once.encode().into(), None).unwrap();
-        pipeline::run(&pipeline::parse("simplify").unwrap(), &mut twice, &mut Context::default(), 0.0).unwrap();
+        pipeline::run(&pipeline::parse("simplify").unwrap(), &mut twice, &mut Context::default(), Price::default())
+            .unwrap();
         assert_eq!(twice.graph.edits(), 0, "{}", path.display());
     }
 }
