@@ -16,7 +16,6 @@ use onnx_shrink::{
     analysis::cost::Cost,
     cli::{Cli, Command, Feeds, Shrink},
     codec::{Model, save},
-    pass::Fidelity,
     passes::{PASSES, find},
     pipeline,
     shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
@@ -225,7 +224,7 @@ fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::
         return Err(ShrinkError::Unrunnable(why).into());
     }
     let inputs = [Split::Fit, Split::Search, Split::Last].into_iter().flat_map(|part| samples.part(part)).collect();
-    let difference = Reference::new(&first, inputs)?.compare(&second)?;
+    let difference = Reference::before_squashing(&first, inputs)?.compare(&second)?;
     println!("{}", serde_json::to_string_pretty(&difference)?);
     let budget = max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
     // Written so that NaN fails.
@@ -239,12 +238,7 @@ fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::
 fn explain(name: Option<&str>) -> anyhow::Result<ExitCode> {
     let Some(name) = name else {
         for pass in PASSES {
-            let fidelity = match pass.fidelity {
-                Fidelity::Exact => "exact",
-                Fidelity::Rounding => "rounding",
-                Fidelity::Lossy => "lossy",
-            };
-            println!("{:<16} {fidelity:<9} {}", pass.name, pass.summary());
+            println!("{:<16} {:<9} {}", pass.name, pass.fidelity, pass.summary());
         }
         return Ok(ExitCode::SUCCESS);
     };

@@ -19,6 +19,16 @@ pub enum Fidelity {
     Lossy,
 }
 
+impl fmt::Display for Fidelity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Exact => "exact",
+            Self::Rounding => "rounding",
+            Self::Lossy => "lossy",
+        })
+    }
+}
+
 /// A rewrite of the graph.
 ///
 /// A pass is a plain struct. Its fields are its options, its doc comment is its help, and its place in
@@ -111,12 +121,18 @@ impl PassInfo {
 /// The table of passes in the README.
 #[must_use]
 pub fn table(passes: &[PassInfo]) -> String {
-    let row = |pass: &PassInfo| {
-        let fidelity = format!("{:?}", pass.fidelity).to_lowercase();
-        format!("| `{}` | {fidelity} | {} |\n", pass.name, pass.summary())
-    };
+    let row = |pass: &PassInfo| format!("| `{}` | {} | {} |\n", pass.name, pass.fidelity, pass.summary());
     let head = "| pass | fidelity | what it does |\n|---|---|---|\n";
     std::iter::once(head.to_owned()).chain(passes.iter().map(row)).collect()
+}
+
+/// How much passes that the budget drives may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Serialize)]
+pub struct Price {
+    /// Predicted error, relative and squared, that a byte saved may cost.
+    pub per_byte: f64,
+    /// The most that the predicted error of one layer may be.
+    pub ceiling: f64,
 }
 
 /// What a pass may use besides the graph, and where it leaves word of what it did.
@@ -126,10 +142,8 @@ pub struct Context {
     pub bound: BTreeMap<String, Vec<usize>>,
     /// Nodes and weights that no lossy pass may touch.
     pub keep: GlobSet,
-    /// Predicted error that the pass may add for each byte that it saves, for a pass that the budget drives.
-    pub price: f64,
-    /// The most that one layer's predicted error may be, for a pass that the budget drives.
-    pub ceiling: f64,
+    /// How much the pass may do, if the budget drives it.
+    pub price: Price,
     /// The error that the pass predicts: relative, squared, summed over layers.
     pub predicted: f64,
     /// What it did, for the report: `("layers factored", 3)`.
@@ -171,8 +185,8 @@ impl Context {
     }
 
     /// Forgets what the last pass left, but not what holds for the model.
-    pub(crate) fn reset(&mut self, price: f64, ceiling: f64) {
-        (self.price, self.ceiling) = (price, ceiling);
+    pub(crate) fn reset(&mut self, price: Price) {
+        self.price = price;
         self.predicted = 0.0;
         self.tally.clear();
         self.declined.clear();

@@ -8,7 +8,7 @@ use crate::{
     analysis::cost::Cost,
     codec::Model,
     ir::{Graph, InvalidGraph},
-    pass::{Context, Fidelity, Pass, PassInfo},
+    pass::{Context, Fidelity, Pass, PassInfo, Price},
     passes::{PASSES, find},
 };
 
@@ -37,15 +37,6 @@ pub enum Item {
     Simplify,
     /// One pass.
     Pass(Step),
-}
-
-/// How much passes that the budget drives may do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Serialize)]
-pub struct Price {
-    /// Predicted error, relative and squared, that a byte saved may cost.
-    pub per_byte: f64,
-    /// The most that the predicted error of one layer may be.
-    pub ceiling: f64,
 }
 
 /// What is wrong with `--passes`.
@@ -184,7 +175,7 @@ fn one(
     cx: &mut Context,
     price: Price,
 ) -> Result<Outcome, PipelineError> {
-    cx.reset(price.per_byte, price.ceiling);
+    cx.reset(price);
     let before = Cost::bytes(model);
     let changed = transact(name, pass, &mut model.graph, cx)?;
     let after = if changed { Cost::bytes(model) } else { before };

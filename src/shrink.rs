@@ -5,8 +5,8 @@ use serde::Serialize;
 use crate::{
     analysis::cost::Cost,
     codec::Model,
-    pass::{Context, Fidelity},
-    pipeline::{self, Item, Outcome, PipelineError, Price},
+    pass::{Context, Fidelity, Price},
+    pipeline::{self, Item, Outcome, PipelineError},
     verify::{Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
 
@@ -59,7 +59,7 @@ pub struct Report {
     pub difference: Option<Difference>,
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
-    /// Predicted error for each byte saved that the search settled on.
+    /// The price that the search settled on.
     pub price: Option<Price>,
     /// Whether the samples were random.
     pub random_inputs: bool,
@@ -202,8 +202,8 @@ fn within_budget(
         );
     }
     progress("running the original");
-    let reference = Reference::new(model, samples.part(Split::Search))?;
-    let last = Reference::new(model, samples.part(Split::Last))?;
+    let reference = Reference::before_squashing(model, samples.part(Split::Search))?;
+    let last = Reference::before_squashing(model, samples.part(Split::Last))?;
     if reference.is_flat() || last.is_flat() {
         return Err(ShrinkError::Flat);
     }

@@ -87,20 +87,25 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn new(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
-        let mut reference = Self::plain(model, inputs)?;
-        reference.flat = reference.unexercised();
-        if !reference.flat.is_empty() {
-            let flat = std::mem::take(&mut reference.flat);
-            reference = Self { flat: flat.clone(), ..Self::plain(&with_logits(model, &flat), reference.inputs)? };
-        }
-        Ok(reference)
-    }
-
-    fn plain(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
         let runner = Runner::new(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let outputs = inputs.iter().map(|sample| runner.run(sample)).collect::<Result<_, _>>()?;
         let names = model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
         Ok(Self { inputs, outputs, names, flat: Vec::new() })
+    }
+
+    /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
+    /// goes into the last squashing operator before it as well.
+    ///
+    /// # Errors
+    ///
+    /// When the engine can't run the model.
+    pub fn before_squashing(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
+        let reference = Self::new(model, inputs)?;
+        let flat = reference.unexercised();
+        if flat.is_empty() {
+            return Ok(reference);
+        }
+        Ok(Self { flat: flat.clone(), ..Self::new(&with_logits(model, &flat), reference.inputs)? })
     }
 
     /// Compares `model`'s outputs on the same samples.
@@ -118,7 +123,17 @@ impl Reference {
         let runner = Runner::new(&model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
         for (sample, wanted) in inputs.iter().zip(&self.outputs) {
-            for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&runner.run(sample)?) {
+            let found = runner.run(sample)?;
+            // An output that is missing or one too many is no match, whatever the others are.
+            if found.len() != wanted.len() {
+                return Ok(Difference {
+                    error: f64::INFINITY,
+                    rounding: f64::INFINITY,
+                    flips: 1.0,
+                    ..Difference::default()
+                });
+            }
+            for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&found) {
                 pool.add(wanted, found);
             }
         }

@@ -1,5 +1,7 @@
 //! Operators: what a node does, without its wiring, which the graph owns.
 
+use prost::Message;
+
 use crate::{
     ir::{Graph, Tensor},
     proto::{AttributeProto, NodeProto, attribute_proto::AttributeType},
@@ -95,6 +97,19 @@ impl Op {
         self.domain().is_empty().then(|| self.op_type())
     }
 
+    /// What makes two operators on equal operands compute the same: type, domain and attributes. `None` where nothing
+    /// does: for random draws, for operators with bodies, and for those of other domains, which may keep a state.
+    #[must_use]
+    pub(crate) fn signature(&self) -> Option<Vec<u8>> {
+        if !self.bodies.is_empty() || self.standard().is_none_or(|op| RANDOM.contains(&op)) {
+            return None;
+        }
+        let mut proto = self.proto.clone();
+        (proto.name, proto.doc_string) = (None, None);
+        proto.metadata_props.clear();
+        Some(proto.encode_to_vec())
+    }
+
     /// All attributes, in file order, subgraphs taken out.
     #[must_use]
     pub fn attributes(&self) -> &[AttributeProto] {
@@ -145,6 +160,10 @@ impl Op {
         }
     }
 }
+
+/// Equal inputs do not make these equal.
+const RANDOM: &[&str] =
+    &["RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"];
 
 fn attribute(name: &str, kind: AttributeType) -> AttributeProto {
     AttributeProto { name: Some(name.to_owned()), r#type: Some(kind as i32), ..AttributeProto::default() }

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use prost::Message;
-
 use crate::{
     ir::{Graph, Kind, NodeId, Outlet},
     pass::{Context, Declare, Fidelity, Pass, everywhere},
@@ -22,10 +20,6 @@ impl Declare for Dedupe {
     const NAME: &'static str = "dedupe";
     const FIDELITY: Fidelity = Fidelity::Exact;
 }
-
-/// Equal inputs do not make these equal.
-const RANDOM: &[&str] =
-    &["RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"];
 
 impl Pass for Dedupe {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
@@ -70,13 +64,8 @@ fn merge_operators(graph: &mut Graph) -> usize {
         let Some(op) = graph.op(id) else { continue };
         let outputs = graph.output_count(id);
         let kept = (0..outputs).any(|slot| graph.is_output(id.at(slot)) || graph.is_pinned(id.at(slot)));
-        if !op.bodies.is_empty() || op.standard().is_none_or(|op| RANDOM.contains(&op)) {
-            continue;
-        }
-        let mut proto = op.proto.clone();
-        (proto.name, proto.doc_string) = (None, None);
-        proto.metadata_props.clear();
-        let key = (proto.encode_to_vec(), graph.operands(id), outputs);
+        let Some(signature) = op.signature() else { continue };
+        let key = (signature, graph.operands(id), outputs);
         match seen.get(&key) {
             Some(&twin) if !kept => {
                 for slot in 0..outputs {

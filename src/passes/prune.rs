@@ -81,9 +81,10 @@ fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
     let mut layers: Vec<Layer> = Vec::new();
     for side in channels.sides.iter().filter(|side| side.role == Role::Makes) {
         let mut own = Layer { classes: classes(side), sides: vec![*side] };
-        let (joined, apart) = layers.into_iter().partition(|layer| !layer.classes.is_disjoint(&own.classes));
+        let (joined, apart): (Vec<_>, Vec<_>) =
+            layers.into_iter().partition(|layer| !layer.classes.is_disjoint(&own.classes));
         layers = apart;
-        for layer in <Vec<Layer> as IntoIterator>::into_iter(joined) {
+        for layer in joined {
             own.classes.extend(layer.classes);
             own.sides.extend(layer.sides);
         }
@@ -153,7 +154,7 @@ impl Prune {
             let mut error = 0.0;
             let mut pays = |(class, score): &(usize, f64)| {
                 error += share(*score);
-                share(*score) < cx.price * saved(class) && error <= cx.ceiling
+                share(*score) < cx.price.per_byte * saved(class) && error <= cx.price.ceiling
             };
             ranked.iter().take(most).take_while(|unit| pays(unit)).count()
         };

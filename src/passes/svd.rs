@@ -172,14 +172,13 @@ impl Svd {
         }
         // The least of error + price · bytes; leaving the weight whole costs no error. Just below break-even, ranks save
         // little and never win on price: a ceiling on the error is what reaches them.
-        let price = cx.price;
-        let saved = |rank: usize| element * (whole - rank * sides) as f64 - OVERHEAD;
-        let cost =
-            |rank: usize| spectrum.tail(rank) / spectrum.total + price * (element * (rank * sides) as f64 + OVERHEAD);
+        let price = cx.price.per_byte;
         let error = |rank: usize| spectrum.tail(rank) / spectrum.total;
-        let options = (1..=most).filter(|&rank| error(rank) <= cx.ceiling && saved(rank) > 0.0);
+        let saved = |rank: usize| element * (whole - rank * sides) as f64 - OVERHEAD;
+        let cost = |rank: usize| error(rank) + price * (element * (rank * sides) as f64 + OVERHEAD);
+        let options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && saved(rank) > 0.0);
         let best = options.map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-        (cx.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
+        (cx.price.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
     }
 }
 

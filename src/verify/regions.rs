@@ -5,8 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use prost::Message;
-
 use super::{Cannot, Difference, Reference, Value};
 use crate::{
     analysis::shapes::{Fact, Shapes},
@@ -29,16 +27,16 @@ const INTEGERS_BELOW: u64 = 4;
 ///
 /// When the engine can't run a region that changed.
 pub fn compare_regions(a: &Model, b: &Model, bound: &Bound) -> Result<Difference, Cannot> {
-    let shapes = (Shapes::infer(&a.graph, bound), Shapes::infer(&b.graph, bound));
+    let shapes = Shapes::infer(&a.graph, bound);
     let mut difference = Difference { samples: RUNS, ..Difference::default() };
-    compare_graphs(a, (&a.graph, &shapes.0), (&b.graph, &shapes.1), &mut difference)?;
+    compare_graphs(a, (&a.graph, &shapes), &b.graph, &mut difference)?;
     Ok(difference)
 }
 
 fn compare_graphs(
     model: &Model,
-    (a, of_a): (&Graph, &Shapes),
-    (b, of_b): (&Graph, &Shapes),
+    (a, shapes): (&Graph, &Shapes),
+    b: &Graph,
     difference: &mut Difference,
 ) -> Result<(), Cannot> {
     let old = Old::new(a);
@@ -67,20 +65,15 @@ fn compare_graphs(
         want(x.value, y.value);
     }
     for (&x, &y) in &wanted {
-        compare_values(model, (&old, of_a, x), (b, y), &kept, difference)?;
+        compare_values(model, (&old, shapes, x), (b, y), &kept, difference)?;
     }
     for (y, x) in twins {
         let (Some(from), Some(to)) = (a.op(x), b.op(y)) else { continue };
+        let fact = |(i, value)| (i, shapes.fact(value).cloned().unwrap_or_default());
+        let captured: BTreeMap<_, _> = a.captures(x).into_iter().map(fact).collect();
         for (old, new) in from.bodies.iter().zip(&to.bodies) {
-            let inside = |graph: &Graph, node, shapes: &Shapes, body: &Graph| {
-                let facts = graph
-                    .captures(node)
-                    .into_iter()
-                    .map(|(i, value)| (i, shapes.fact(value).cloned().unwrap_or_default()));
-                Shapes::infer_body(body, &facts.collect())
-            };
-            let shapes = (inside(a, x, of_a, &old.graph), inside(b, y, of_b, &new.graph));
-            compare_graphs(model, (&old.graph, &shapes.0), (&new.graph, &shapes.1), difference)?;
+            let inside = Shapes::infer_body(&old.graph, &captured);
+            compare_graphs(model, (&old.graph, &inside), &new.graph, difference)?;
         }
     }
     Ok(())
@@ -113,11 +106,10 @@ impl<'a> Old<'a> {
             }
             let key = match graph.kind(id) {
                 Kind::Const(constant) => constant.weight.value().hash().to_le_bytes().to_vec(),
-                Kind::Op(op) if op.bodies.is_empty() && !op.op_type().starts_with("Random") => {
-                    let mut proto = op.proto.clone();
-                    (proto.name, proto.doc_string) = (None, None);
-                    proto.encode_to_vec()
-                }
+                Kind::Op(op) => match op.signature() {
+                    Some(signature) => signature,
+                    None => continue,
+                },
                 _ => continue,
             };
             let twin = *seen.entry((key, operands)).or_insert(id);

@@ -3,8 +3,8 @@
 use onnx_shrink::{
     codec::Model,
     ir::{Graph, Outlet, Weight},
-    pass::Context,
-    pipeline::{self, Price},
+    pass::{Context, Price},
+    pipeline,
     shrink::{Job, shrink},
     verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
@@ -163,4 +163,18 @@ fn svd_and_prune_share_one_budget() {
         assert!(report.difference.as_ref().unwrap().error <= report.budget.unwrap(), "{name}");
         assert!(accuracy(&small, data) >= accuracy(&model, data) - 0.005, "{name}");
     }
+}
+
+#[test]
+fn a_missing_output_is_no_match() {
+    let model = open("models/mnist_lenet300.onnx");
+    let mut proto = model.to_proto();
+    let graph = proto.graph.as_mut().unwrap();
+    let inner = graph.node[1].output[0].clone();
+    graph.output.push(onnx_shrink::proto::ValueInfoProto { name: Some(inner), ..Default::default() });
+    let more = Model::decode(prost::Message::encode_to_vec(&proto).into(), None).unwrap();
+    let samples = Samples::gather(&more, &Request::default()).unwrap();
+    let reference = Reference::new(&more, samples.part(Split::Last)).unwrap();
+    assert_eq!(reference.compare(&more).unwrap().error, 0.0);
+    assert_eq!(reference.compare(&model).unwrap().error, f64::INFINITY);
 }
