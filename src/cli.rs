@@ -1,8 +1,10 @@
 //! The command line: definitions alone.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::verify::{Engine, Request};
 
 /// Make a trained ONNX model smaller and faster, and prove that it still computes the same.
 ///
@@ -48,6 +50,13 @@ pub enum Command {
         #[arg(long, value_name = "E")]
         max_error: Option<f64>,
     },
+    /// Show what differs between two models: costs, then the changed lines of their texts.
+    Diff {
+        /// The one.
+        a: PathBuf,
+        /// The other.
+        b: PathBuf,
+    },
     /// List the passes, or explain one.
     Passes {
         /// The pass.
@@ -67,6 +76,26 @@ pub struct Feeds {
     /// The shape of an input, for instance x=1x3x224x224.
     #[arg(long = "shape", value_name = "NAME=DIMS", value_parser = shape)]
     pub shapes: Vec<(String, Vec<usize>)>,
+    /// What runs the model; tract is built in.
+    #[arg(long, value_enum, default_value_t = EngineName::Tract)]
+    pub engine: EngineName,
+    /// The shared library of ONNX Runtime, 1.17 or newer, for --engine onnxruntime.
+    #[arg(long, value_name = "FILE", env = "ORT_DYLIB_PATH")]
+    pub onnxruntime_lib: Option<PathBuf>,
+    /// Bytes that running the model may take, with k, M or G for thousands, millions and billions; all of the machine's
+    /// memory where it is not given.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub max_memory: Option<u64>,
+}
+
+/// The engines by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineName {
+    /// The engine inside this program.
+    #[default]
+    Tract,
+    /// ONNX Runtime, from the library of `--onnxruntime-lib`.
+    Onnxruntime,
 }
 
 /// The main job.
@@ -122,14 +151,48 @@ pub struct Shrink {
 
 impl Feeds {
     /// The request for samples that these options make.
-    #[must_use]
-    pub fn request(&self) -> crate::verify::Request {
-        crate::verify::Request {
+    ///
+    /// # Errors
+    ///
+    /// When the engine can't be had.
+    pub fn request(&self) -> anyhow::Result<Request> {
+        let engine = match (self.engine, &self.onnxruntime_lib) {
+            (EngineName::Tract, _) => Engine::default(),
+            (EngineName::Onnxruntime, Some(library)) => Engine::onnxruntime(library)?,
+            (EngineName::Onnxruntime, None) => anyhow::bail!(
+                "--engine onnxruntime needs the library: give it with --onnxruntime-lib or ORT_DYLIB_PATH; \
+                 the Python package keeps it as onnxruntime/capi/libonnxruntime.so.*"
+            ),
+        };
+        Ok(Request {
             data: self.data.clone(),
             fixed: self.inputs.iter().cloned().collect(),
-            shapes: self.shapes.iter().cloned().collect::<BTreeMap<_, _>>(),
-        }
+            shapes: self.shapes.iter().cloned().collect(),
+            engine: engine.with_max_memory(self.max_memory.unwrap_or_else(physical_memory)),
+        })
     }
+}
+
+/// Bytes of memory that the machine has.
+fn physical_memory() -> u64 {
+    #[cfg(target_os = "linux")]
+    {
+        let info = rustix::system::sysinfo();
+        (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+    }
+    #[cfg(not(target_os = "linux"))]
+    u64::MAX
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().next_back() {
+        Some((i, 'k' | 'K')) => (&text[..i], 1_000),
+        Some((i, 'M')) => (&text[..i], 1_000_000),
+        Some((i, 'G')) => (&text[..i], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let number = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+    number.ok_or_else(|| format!("`{text}` is no number of bytes; write for instance 2G"))
 }
 
 fn fixed(text: &str) -> Result<(String, f64), String> {

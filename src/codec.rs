@@ -63,6 +63,9 @@ pub enum CodecError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The caller gave up before the file was whole.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
     /// There is nothing in the file.
     #[error("the file is empty; export or download it again")]
     Empty,

@@ -12,4 +12,5 @@ pub mod passes;
 pub mod pipeline;
 pub mod proto;
 pub mod shrink;
+pub mod text;
 pub mod verify;

@@ -6,6 +6,10 @@ use std::{
     io::{self, IsTerminal, Read, Write},
     path::Path,
     process::ExitCode,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,11 +19,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use onnx_shrink::{
     analysis::cost::Cost,
     cli::{Cli, Command, Feeds, Shrink},
-    codec::{Model, save},
+    codec::{CodecError, Model, save},
     passes::{PASSES, find},
     pipeline,
     shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
-    verify::{Cannot, DataError, Reference, Samples, Split, catches_panics},
+    text,
+    verify::{Cannot, Reference, Samples, Split, catches_panics},
 };
 
 /// Exit codes of the command.
@@ -27,6 +32,31 @@ mod exit {
     pub(crate) const FAILED: u8 = 1;
     pub(crate) const USAGE: u8 = 2;
     pub(crate) const NOT_VERIFIED: u8 = 3;
+    pub(crate) const INTERRUPTED: u8 = 130;
+    /// Of `diff`, which fails with 2.
+    pub(crate) const DIFFERENT: u8 = 1;
+    pub(crate) const TROUBLE: u8 = 2;
+}
+
+/// What an interrupt does: it ends the program, but lets a file that is being written be dropped first.
+#[derive(Clone, Debug, Default)]
+struct Interrupt {
+    came: Arc<AtomicBool>,
+    writing: Arc<Mutex<()>>,
+}
+
+impl Interrupt {
+    #[allow(clippy::exit, reason = "nothing but the process holds anything here")]
+    fn install() -> anyhow::Result<Self> {
+        let interrupt = Self::default();
+        let own = interrupt.clone();
+        ctrlc::set_handler(move || {
+            own.came.store(true, Ordering::SeqCst);
+            let _idle = own.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            std::process::exit(i32::from(exit::INTERRUPTED));
+        })?;
+        Ok(interrupt)
+    }
 }
 
 fn main() -> ExitCode {
@@ -39,11 +69,15 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Inspect { model }) => inspect(&model),
+        Some(Command::Diff { a, b }) => Ok(diff(&a, &b)),
         Some(Command::Verify { a, b, feeds, max_error }) => verify(&a, &b, &feeds, max_error),
         Some(Command::Passes { name }) => explain(name.as_deref()),
-        None => run(&cli.shrink),
+        None => Interrupt::install().and_then(|interrupt| run(&cli.shrink, &interrupt)),
     };
     result.unwrap_or_else(|error| {
+        if error.downcast_ref::<CodecError>().is_some_and(|error| matches!(error, CodecError::Interrupted)) {
+            return ExitCode::from(exit::INTERRUPTED);
+        }
         eprintln!("error: {}", chain(&error));
         let not_verified = error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_verification)
             || error.downcast_ref::<Cannot>().is_some();
@@ -63,7 +97,7 @@ fn chain(error: &anyhow::Error) -> String {
 }
 
 /// The main job.
-fn run(options: &Shrink) -> anyhow::Result<ExitCode> {
+fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     let items = match pipeline::parse(&options.passes) {
         Ok(items) => items,
         Err(error) => {
@@ -86,7 +120,7 @@ fn run(options: &Shrink) -> anyhow::Result<ExitCode> {
     }
     let job = Job {
         items,
-        request: options.feeds.request(),
+        request: options.feeds.request()?,
         max_error: options.max_error,
         max_flips: options.max_flips,
         keep: keep.build().context("--keep")?,
@@ -103,7 +137,8 @@ fn run(options: &Shrink) -> anyhow::Result<ExitCode> {
             .push("the result would be larger than the input, so the input was kept; --force overrides".to_owned());
     }
     if let (Some(output), false) = (&options.output, options.dry_run) {
-        write(if larger { &model } else { &result }, output)?;
+        let _writing = interrupt.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        write(if larger { &model } else { &result }, output, &interrupt.came)?;
     }
     if larger {
         report.after = report.before.clone();
@@ -143,33 +178,18 @@ fn read(path: &Path) -> anyhow::Result<Model> {
     Model::open(path).with_context(|| path.display().to_string())
 }
 
-fn write(model: &Model, path: &Path) -> anyhow::Result<()> {
+fn write(model: &Model, path: &Path, cancelled: &AtomicBool) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
         return io::stdout().write_all(&model.encode()).context("standard output cannot be written");
     }
-    save(model, path)?;
+    save(model, path, cancelled)?;
     Ok(())
 }
 
 /// The before/after table.
 fn table(report: &Report, verbose: bool) -> String {
     use std::fmt::Write as _;
-    let mut text = String::new();
-    let change = |before: f64, after: f64| if before > 0.0 { (after / before - 1.0) * 100.0 } else { 0.0 };
-    let mut row = |what: &str, before: u64, after: u64| {
-        let _ = writeln!(text, "{what:<16} {before:>14} {after:>14} {:>+8.1} %", change(before as f64, after as f64));
-    };
-    let (a, b) = (&report.before, &report.after);
-    row("nodes", a.node_count() as u64, b.node_count() as u64);
-    for op in a.nodes.keys().chain(b.nodes.keys().filter(|op| !a.nodes.contains_key(*op))) {
-        let count = |cost: &Cost| cost.nodes.get(op).copied().unwrap_or_default() as u64;
-        if count(a) != count(b) {
-            row(&format!("  {op}"), count(a), count(b));
-        }
-    }
-    row("parameters", a.parameters as u64, b.parameters as u64);
-    row("bytes", a.bytes as u64, b.bytes as u64);
-    row("MACs", a.macs, b.macs);
+    let mut text = report.before.compared_to(&report.after);
     if !report.passes.is_empty() {
         let _ = writeln!(text, "\npass                    bytes  what it did");
     }
@@ -219,12 +239,13 @@ fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
 
 fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::Result<ExitCode> {
     let (first, second) = (read(a)?, read(b)?);
-    let samples = Samples::gather(&first, &feeds.request()).map_err(|error: DataError| error)?;
+    let request = feeds.request()?;
+    let samples = Samples::gather(&first, &request)?;
     if let Some(why) = samples.unrunnable {
         return Err(ShrinkError::Unrunnable(why).into());
     }
     let inputs = [Split::Fit, Split::Search, Split::Last].into_iter().flat_map(|part| samples.part(part)).collect();
-    let difference = Reference::before_squashing(&first, inputs)?.compare(&second)?;
+    let difference = Reference::before_squashing(&request.engine, &first, inputs)?.compare(&second)?;
     println!("{}", serde_json::to_string_pretty(&difference)?);
     let budget = max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
     // Written so that NaN fails.
@@ -233,6 +254,14 @@ fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::
     } else {
         Err(ShrinkError::Differs { found: difference.error, budget }.into())
     }
+}
+
+fn diff(a: &Path, b: &Path) -> ExitCode {
+    let read = |path| read(path).inspect_err(|error| eprintln!("error: {}", chain(error)));
+    let (Ok(a), Ok(b)) = (read(a), read(b)) else { return ExitCode::from(exit::TROUBLE) };
+    let diff = text::diff(&a, &b);
+    print!("{diff}");
+    if diff.is_same { ExitCode::SUCCESS } else { ExitCode::from(exit::DIFFERENT) }
 }
 
 fn explain(name: Option<&str>) -> anyhow::Result<ExitCode> {

@@ -1,7 +1,10 @@
 //! The main job: run the passes, find how much the budget allows, and prove the result before anybody writes it.
 
+mod search;
+
 use serde::Serialize;
 
+use self::search::{Search, is_free};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
@@ -19,13 +22,6 @@ pub const BUDGET_ON_RANDOM: f64 = 0.10;
 const MARGIN: f64 = 0.9;
 /// After a final word above the budget, the search starts over that much lower, at most so many times.
 const RETRIES: usize = 4;
-/// The search for the price stops when it knows it to this ratio.
-const PRICE_RATIO: f64 = 1.25;
-/// Prices are looked for this far from the first guess, up and down.
-const PRICE_SPAN: f64 = 1e8;
-
-/// Ceilings are looked for this far from the squared budget, up and down.
-const CEILING_SPAN: f64 = 100.0;
 
 /// What a person asked for.
 #[derive(Debug)]
@@ -59,8 +55,8 @@ pub struct Report {
     pub difference: Option<Difference>,
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
-    /// The price that the search settled on.
-    pub price: Option<Price>,
+    /// The price that the search settled on: predicted error, relative and squared, for each byte saved.
+    pub price: Option<f64>,
     /// Whether the samples were random.
     pub random_inputs: bool,
     /// What a person should know.
@@ -146,7 +142,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
             if let Some(samples) = samples.filter(|_| result.graph.edits() != model.graph.edits()) {
                 progress("verifying");
-                report.difference = Some(prove_same(model, &result, &samples)?);
+                report.difference = Some(prove_same(model, &result, job, &samples)?);
                 if let Some(why) = &samples.unrunnable {
                     report.notes.push(format!("only what changed was verified, region by region, since {why}"));
                 }
@@ -166,10 +162,10 @@ fn fidelity(item: &Item) -> Fidelity {
 }
 
 /// Checks that only rounding differs.
-fn prove_same(model: &Model, result: &Model, samples: &Samples) -> Result<Difference, ShrinkError> {
+fn prove_same(model: &Model, result: &Model, job: &Job, samples: &Samples) -> Result<Difference, ShrinkError> {
     let difference = match &samples.unrunnable {
-        None => Reference::new(model, samples.part(Split::Last))?.compare(result)?,
-        Some(_) => compare_regions(model, result, &samples.bound)?,
+        None => Reference::new(&job.request.engine, model, samples.part(Split::Last))?.compare(result)?,
+        Some(_) => compare_regions(&job.request.engine, model, result, &samples.bound)?,
     };
     // Written so that NaN fails.
     if difference.rounding <= ROUNDING_BUDGET {
@@ -202,21 +198,17 @@ fn within_budget(
         );
     }
     progress("running the original");
-    let reference = Reference::before_squashing(model, samples.part(Split::Search))?;
-    let last = Reference::before_squashing(model, samples.part(Split::Last))?;
+    let reference = Reference::before_squashing(&job.request.engine, model, samples.part(Split::Search))?;
+    let last = Reference::before_squashing(&job.request.engine, model, samples.part(Split::Last))?;
     if reference.is_flat() || last.is_flat() {
         return Err(ShrinkError::Flat);
     }
     let free = job.items.iter().any(is_free);
     let allowed = |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
     let mut aim = budget * MARGIN;
+    let mut search = Search::new(base, &job.items, cx, &reference)?;
     for _ in 0..RETRIES {
-        let mut search = Search { base, items: &job.items, cx, reference: &reference, factors: Vec::new(), tried: 0 };
-        let found = if free {
-            search.price(&|d| allowed(d, aim), budget, progress)?
-        } else {
-            Some(search.trial(Price::default(), progress)?)
-        };
+        let found = if free { search.best(&|d| allowed(d, aim), budget, progress)? } else { Some(search.fixed()?) };
         let Some(trial) = found else { break };
         progress("verifying on samples not seen before");
         let difference = last.compare(&trial.model)?;
@@ -247,136 +239,4 @@ fn within_budget(
     }
     report.difference = Some(difference);
     Ok(result)
-}
-
-/// Whether the budget drives `item`.
-fn is_free(item: &Item) -> bool {
-    matches!(item, Item::Pass(step) if step.info.fidelity == Fidelity::Lossy && !step.pass.is_fixed())
-}
-
-/// The search for the greatest price inside the budget: one price for every lossy pass and layer, which at the joint
-/// optimum all pay equally for a byte.
-struct Search<'a> {
-    base: &'a Model,
-    items: &'a [Item],
-    cx: &'a mut Context,
-    reference: &'a Reference,
-    /// Measured over predicted error, squared, of each item alone.
-    factors: Vec<f64>,
-    tried: usize,
-}
-
-struct Trial {
-    model: Model,
-    outcomes: Vec<Outcome>,
-    difference: Difference,
-    bytes: usize,
-    price: Price,
-}
-
-impl Search<'_> {
-    fn price(
-        &mut self,
-        allowed: &dyn Fn(&Difference) -> bool,
-        budget: f64,
-        progress: &mut dyn FnMut(&str),
-    ) -> Result<Option<Trial>, ShrinkError> {
-        // The whole budget for the whole file: the right order of magnitude.
-        let guess = budget * budget / Cost::bytes(self.base).max(1) as f64;
-        self.calibrate(guess, progress)?;
-        let open = |per_byte: f64| Price { per_byte, ceiling: f64::INFINITY };
-        let (mut low, mut high) = (guess, guess);
-        let mut best: Option<Trial> = None;
-        let mut keep = |trial: Trial| {
-            let good = allowed(&trial.difference);
-            if good && best.as_ref().is_none_or(|best| trial.bytes < best.bytes) {
-                best = Some(trial);
-            }
-            good
-        };
-        if keep(self.trial(open(guess), progress)?) {
-            while high < guess * PRICE_SPAN {
-                high *= 8.0;
-                if !keep(self.trial(open(high), progress)?) {
-                    break;
-                }
-                low = high;
-            }
-        } else {
-            while low > guess / PRICE_SPAN {
-                low /= 8.0;
-                if keep(self.trial(open(low), progress)?) {
-                    break;
-                }
-                high = low;
-            }
-        }
-        while high / low > PRICE_RATIO {
-            let middle = (low * high).sqrt();
-            if keep(self.trial(open(middle), progress)?) {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
-        // What is left of the budget goes to one pass after another: its next choices, but none dearer than a ceiling.
-        for i in (0..self.items.len()).filter(|&i| is_free(&self.items[i])) {
-            let (mut floor, mut top) = (budget * budget / CEILING_SPAN, budget * budget * CEILING_SPAN);
-            while top / floor > PRICE_RATIO {
-                let ceiling = (floor * top).sqrt();
-                let dearer = Price { per_byte: high, ceiling };
-                if keep(self.measure(&[], &|item| if item == i { dearer } else { open(low) }, progress)?) {
-                    floor = ceiling;
-                } else {
-                    top = ceiling;
-                }
-            }
-        }
-        Ok(best)
-    }
-
-    /// Measures each free pass alone: only then are the predictions of different passes worth the same.
-    fn calibrate(&mut self, price: f64, progress: &mut dyn FnMut(&str)) -> Result<(), ShrinkError> {
-        self.factors = vec![1.0; self.items.len()];
-        let free: Vec<_> = (0..self.items.len()).filter(|&i| is_free(&self.items[i])).collect();
-        if free.len() < 2 {
-            return Ok(());
-        }
-        for &i in &free {
-            let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
-            let price = Price { per_byte: price, ceiling: f64::INFINITY };
-            let trial = self.measure(&others, &|_| price, progress)?;
-            let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
-            let measured = trial.difference.error.powi(2);
-            if predicted > 0.0 && measured.is_finite() && measured > 0.0 {
-                self.factors[i] = measured / predicted;
-            }
-        }
-        Ok(())
-    }
-
-    fn trial(&mut self, price: Price, progress: &mut dyn FnMut(&str)) -> Result<Trial, ShrinkError> {
-        self.measure(&[], &|_| price, progress)
-    }
-
-    /// Runs all items but those `left_out`, each at its price, and measures.
-    fn measure(
-        &mut self,
-        left_out: &[usize],
-        price_of: &dyn Fn(usize) -> Price,
-        progress: &mut dyn FnMut(&str),
-    ) -> Result<Trial, ShrinkError> {
-        self.tried += 1;
-        progress(&format!("search step {}", self.tried));
-        let mut model = self.base.clone();
-        let mut outcomes = Vec::new();
-        for (i, item) in self.items.iter().enumerate().filter(|(i, _)| !left_out.contains(i)) {
-            let price = price_of(i);
-            let factor = self.factors.get(i).copied().unwrap_or(1.0);
-            let own = Price { per_byte: price.per_byte / factor, ceiling: price.ceiling / factor };
-            outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, self.cx, own)?);
-        }
-        let difference = self.reference.compare(&model)?;
-        Ok(Trial { bytes: Cost::bytes(&model), model, outcomes, difference, price: price_of(self.items.len()) })
-    }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use self::error::Pooled;
 pub use self::{
     data::{DataError, Request, Samples, Split},
-    engine::{Cannot, Runner, Value, catches_panics},
+    engine::{Cannot, Engine, Runner, Value, catches_panics},
     regions::compare_regions,
 };
 use crate::{
@@ -40,6 +40,7 @@ pub struct Difference {
 /// The original model's outputs on some samples, kept to compare others with.
 #[derive(Debug)]
 pub struct Reference {
+    engine: Engine,
     inputs: Vec<Vec<Value>>,
     outputs: Vec<Vec<Value>>,
     names: Vec<String>,
@@ -81,16 +82,16 @@ fn logits(graph: &Graph, value: Outlet) -> Option<Outlet> {
 }
 
 impl Reference {
-    /// Runs `model` on `samples`.
+    /// Runs `model` on `inputs`.
     ///
     /// # Errors
     ///
     /// When the engine can't run the model.
-    pub fn new(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
-        let runner = Runner::new(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
+    pub fn new(engine: &Engine, model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
+        let runner = engine.prepare(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let outputs = inputs.iter().map(|sample| runner.run(sample)).collect::<Result<_, _>>()?;
         let names = model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
-        Ok(Self { inputs, outputs, names, flat: Vec::new() })
+        Ok(Self { engine: engine.clone(), inputs, outputs, names, flat: Vec::new() })
     }
 
     /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
@@ -99,13 +100,13 @@ impl Reference {
     /// # Errors
     ///
     /// When the engine can't run the model.
-    pub fn before_squashing(model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
-        let reference = Self::new(model, inputs)?;
+    pub fn before_squashing(engine: &Engine, model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
+        let reference = Self::new(engine, model, inputs)?;
         let flat = reference.unexercised();
         if flat.is_empty() {
             return Ok(reference);
         }
-        Ok(Self { flat: flat.clone(), ..Self::new(&with_logits(model, &flat), reference.inputs)? })
+        Ok(Self { flat: flat.clone(), ..Self::new(engine, &with_logits(model, &flat), reference.inputs)? })
     }
 
     /// Compares `model`'s outputs on the same samples.
@@ -120,7 +121,7 @@ impl Reference {
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
     fn compare_on(&self, model: &Model, inputs: &[Vec<Value>]) -> Result<Difference, Cannot> {
         let model = with_logits(model, &self.flat);
-        let runner = Runner::new(&model, inputs.first().ok_or(Cannot::NoSamples)?)?;
+        let runner = self.engine.prepare(&model, inputs.first().ok_or(Cannot::NoSamples)?)?;
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
         for (sample, wanted) in inputs.iter().zip(&self.outputs) {
             let found = runner.run(sample)?;

@@ -1,13 +1,16 @@
 //! What a model costs: parameters, bytes, multiply-adds.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use serde::Serialize;
 
 use super::shapes::Shapes;
 use crate::{
     codec::Model,
-    ir::{Graph, Kind, NodeId},
+    ir::{Graph, Kind, NodeId, Outlet, tensor::bits},
 };
 
 /// The cost of a model.
@@ -46,6 +49,28 @@ impl Cost {
         self.nodes.values().sum()
     }
 
+    /// A table of this cost and `after`: operators whose count changed, then parameters, bytes and multiply-adds.
+    #[must_use]
+    pub fn compared_to(&self, after: &Self) -> String {
+        let mut text = String::new();
+        let mut row = |what: &str, before: u64, after: u64| {
+            let change = if before > 0 { (after as f64 / before as f64 - 1.0) * 100.0 } else { 0.0 };
+            let _ = writeln!(text, "{what:<16} {before:>14} {after:>14} {change:>+8.1} %");
+        };
+        row("nodes", self.node_count() as u64, after.node_count() as u64);
+        let ops: BTreeSet<_> = self.nodes.keys().chain(after.nodes.keys()).collect();
+        for op in ops {
+            let count = |cost: &Self| cost.nodes.get(op).copied().unwrap_or_default() as u64;
+            if count(self) != count(after) {
+                row(&format!("  {op}"), count(self), count(after));
+            }
+        }
+        row("parameters", self.parameters as u64, after.parameters as u64);
+        row("bytes", self.bytes as u64, after.bytes as u64);
+        row("MACs", self.macs, after.macs);
+        text
+    }
+
     fn count(&mut self, graph: &Graph) {
         for id in graph.node_ids() {
             match graph.kind(id) {
@@ -82,4 +107,42 @@ pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<u64> {
         "MatMul" => product(&out()?) * *dims(0)?.last()? as u64,
         _ => return None,
     })
+}
+
+/// Bytes that running `graph` takes at the shapes of `shapes`: its constants, and the most that its values take at once
+/// when each is dropped after its last reader. Values of unknown shape count nothing.
+#[must_use]
+pub fn peak_memory(graph: &Graph, shapes: &Shapes) -> u64 {
+    let order = graph.order();
+    let size = |value: Outlet| {
+        let fact = shapes.fact(value)?;
+        let count = shapes.known(value)?.iter().try_fold(1_u64, |n, &d| n.checked_mul(d as u64));
+        Some(count.unwrap_or(u64::MAX / 64).saturating_mul(bits(fact.dtype?) as u64) / 8)
+    };
+    let mut last_read: BTreeMap<Outlet, NodeId> = BTreeMap::new();
+    for &id in &order {
+        last_read.extend(graph.operands(id).into_iter().flatten().map(|value| (value, id)));
+        last_read.extend(graph.captures(id).into_values().map(|value| (value, id)));
+    }
+    let (mut constants, mut live, mut peak) = (0_u64, 0_u64, 0_u64);
+    for &id in &order {
+        if let Kind::Const(constant) = graph.kind(id) {
+            constants = constants.saturating_add(constant.weight.value().byte_len() as u64);
+            continue;
+        }
+        let made = (0..graph.output_count(id)).filter_map(|slot| size(id.at(slot)));
+        live = made.fold(live, u64::saturating_add);
+        peak = peak.max(live);
+        let mut read: Vec<_> =
+            graph.operands(id).into_iter().flatten().chain(graph.captures(id).into_values()).collect();
+        read.sort_unstable();
+        read.dedup();
+        for value in read {
+            let is_last = last_read.get(&value) == Some(&id) && !graph.is_output(value);
+            if is_last && graph.weight(value).is_none() {
+                live = live.saturating_sub(size(value).unwrap_or(0));
+            }
+        }
+    }
+    constants.saturating_add(peak)
 }

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use prost::Message;
@@ -33,8 +34,9 @@ pub struct Saved {
 ///
 /// # Errors
 ///
-/// When the disk is full or the folder can't be written; `path` is then as it was.
-pub fn save(model: &Model, path: &Path) -> Result<Saved, CodecError> {
+/// When the disk is full or the folder can't be written, or `cancelled` was set before the file was whole; `path` is
+/// then as it was.
+pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved, CodecError> {
     let io = |source| CodecError::Io { path: path.to_owned(), action: "written", source };
     let mut proto = model.to_proto();
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -48,6 +50,9 @@ pub fn save(model: &Model, path: &Path) -> Result<Saved, CodecError> {
     }
     let file = NamedTempFile::new_in(folder).map_err(io)?;
     bytes += write_message(&proto, file.as_file()).map_err(io)?;
+    if cancelled.load(Ordering::SeqCst) {
+        return Err(CodecError::Interrupted);
+    }
     let sidecar = match sidecar.filter(|_| bytes > proto.encoded_len()) {
         Some((file, target)) => Some(persist(file, &target).map_err(io)?),
         None => None,

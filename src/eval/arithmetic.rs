@@ -35,22 +35,12 @@ fn load(x: &Tensor) -> Option<Elements> {
 
 /// Integers as `dtype`; `None` where one does not fit, since what then happens differs between runtimes.
 fn store(dtype: DType, dims: &[usize], values: Elements) -> Option<Tensor> {
-    let bytes = match (dtype, values) {
-        (DType::Float, Elements::F32(v)) => return Some(Tensor::f32(dims, &v)),
-        (_, Elements::F64(v)) => return Tensor::floats(dtype, dims, &v),
-        (DType::Int64, Elements::Int(v)) => return Some(Tensor::i64(dims, &v)),
-        (DType::Int32, Elements::Int(v)) => {
-            let v: Vec<_> = v.into_iter().map(|v| i32::try_from(v).ok()).collect::<Option<_>>()?;
-            v.iter().flat_map(|v| v.to_le_bytes()).collect()
-        }
-        (DType::Bool, Elements::Int(v)) => v.iter().map(|&v| u8::from(v != 0)).collect(),
-        (DType::Uint8, Elements::Int(v)) => v.into_iter().map(|v| u8::try_from(v).ok()).collect::<Option<_>>()?,
-        (DType::Int8, Elements::Int(v)) => {
-            v.into_iter().map(|v| i8::try_from(v).ok().map(|v| v as u8)).collect::<Option<_>>()?
-        }
-        _ => return None,
-    };
-    Some(Tensor::made(dtype, dims, bytes))
+    match (dtype, values) {
+        (DType::Float, Elements::F32(v)) => Some(Tensor::f32(dims, &v)),
+        (_, Elements::F64(v)) => Tensor::floats(dtype, dims, &v),
+        (_, Elements::Int(v)) => Tensor::integers(dtype, dims, &v),
+        _ => None,
+    }
 }
 
 fn cast(x: &Tensor, to: DType) -> Option<Tensor> {

@@ -106,6 +106,30 @@ impl Tensor {
         Self::made(DType::Int64, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
+    /// A tensor of the integer type `dtype` of at least eight bits, or of booleans; `None` for other types, and where a
+    /// value does not fit.
+    #[must_use]
+    pub fn integers(dtype: DType, dims: &[usize], values: &[i64]) -> Option<Self> {
+        macro_rules! packed {
+            ($t:ty) => {
+                values.iter().map(|&v| <$t>::try_from(v).ok()).collect::<Option<Vec<$t>>>()?
+            };
+        }
+        let bytes = match dtype {
+            DType::Int64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Int32 => packed!(i32).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Int16 => packed!(i16).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Int8 => packed!(i8).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Uint64 => packed!(u64).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Uint32 => packed!(u32).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Uint16 => packed!(u16).iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::Uint8 => packed!(u8).into(),
+            DType::Bool => values.iter().map(|&v| u8::from(v != 0)).collect(),
+            _ => return None,
+        };
+        Some(Self::made(dtype, dims, bytes))
+    }
+
     /// A tensor of the floating-point type `dtype`, each value rounded to it; `None` for other types.
     #[must_use]
     pub fn floats(dtype: DType, dims: &[usize], values: &[f64]) -> Option<Self> {

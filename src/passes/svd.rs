@@ -171,12 +171,15 @@ impl Svd {
                 .find(|&r| spectrum.tail(r) <= (1.0 - energy) * spectrum.total);
         }
         // The least of error + price · bytes; leaving the weight whole costs no error. Just below break-even, ranks save
-        // little and never win on price: a ceiling on the error is what reaches them.
+        // little and never win on price: a ceiling on the error is what reaches them, at any price.
         let price = cx.price.per_byte;
         let error = |rank: usize| spectrum.tail(rank) / spectrum.total;
         let saved = |rank: usize| element * (whole - rank * sides) as f64 - OVERHEAD;
         let cost = |rank: usize| error(rank) + price * (element * (rank * sides) as f64 + OVERHEAD);
-        let options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && saved(rank) > 0.0);
+        let mut options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && saved(rank) > 0.0);
+        if price.is_infinite() {
+            return options.next();
+        }
         let best = options.map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
         (cx.price.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
     }

@@ -7,7 +7,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 
 use super::{
     Bound,
-    engine::{Cannot, Runner, Value},
+    engine::{Cannot, Engine, Value},
 };
 use crate::{
     analysis::shapes::{Fact, Shapes},
@@ -25,6 +25,8 @@ use crate::{
 const RANDOM_SAMPLES: usize = 16;
 /// What an open axis beyond the first is tried as.
 const OPEN_AXES: &[usize] = &[224, 64, 32, 16, 1];
+/// At most so many mixtures of these sizes are tried, where one size does not suit all inputs.
+const MAX_MIXTURES: usize = 125;
 /// Random integers lie below this, or below the size of the table that they index.
 const INTEGERS_BELOW: usize = 128;
 
@@ -48,6 +50,8 @@ pub struct Request {
     pub fixed: BTreeMap<String, f64>,
     /// Shapes of inputs.
     pub shapes: Bound,
+    /// What runs the model.
+    pub engine: Engine,
 }
 
 /// Samples for the inputs of a model, split into parts that never mix.
@@ -151,23 +155,33 @@ impl Samples {
             return Err(DataError::TooFew(shortest));
         }
         let count = if request.data.is_some() { shortest } else { 2 * RANDOM_SAMPLES };
-        let mut unrunnable = None;
-        for &open in OPEN_AXES {
-            let samples = Self::draw(&slots, request, &split, count, open);
-            let Some(first) = samples.first() else { break };
-            let bound = slots.iter().zip(first).map(|(slot, value)| (slot.name.clone(), value.dims.clone())).collect();
-            let failure = Runner::new(model, first).err();
-            let is_open =
-                |slot: &Slot| slot.fact.dims.as_ref().is_none_or(|dims| dims.iter().skip(1).any(Option::is_none));
-            let settled = !slots.iter().any(is_open) || matches!(failure, Some(Cannot::Unsound { .. }));
-            let this =
-                Self { all: samples, random: request.data.is_none(), bound, unrunnable, ignored: ignored.clone() };
-            match failure {
-                None => return Ok(Self { unrunnable: None, ..this }),
-                Some(why) if settled => return Ok(Self { unrunnable: Some(why.to_string()), ..this }),
-                Some(why) => unrunnable = this.unrunnable.or(Some(why.to_string())),
+        let mut failures = Vec::new();
+        for sizes in open_sizes(&slots, request) {
+            // Sizes of their own for each input are worth a try only where sizes make a difference.
+            let mixed = sizes.windows(2).any(|pair| pair[0] != pair[1]);
+            if mixed && failures.windows(2).all(|pair| pair[0] == pair[1]) {
+                break;
+            }
+            let shape = |(slot, &open): (&Slot, &usize)| match split.get(&slot.name) {
+                Some(values) => values.first().map(|value| value.dims.clone()).unwrap_or_default(),
+                None => request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open)),
+            };
+            let names = slots.iter().map(|slot| slot.name.clone());
+            let bound: Bound = names.zip(slots.iter().zip(&sizes).map(shape)).collect();
+            let mut all = Vec::new();
+            let prepared = request.engine.check_memory(model, &bound, count).and_then(|()| {
+                all = Self::draw(&slots, request, &split, &bound, count);
+                request.engine.prepare(model, all.first().ok_or(Cannot::NoSamples)?)
+            });
+            let Err(why) = prepared else {
+                return Ok(Self { all, random: request.data.is_none(), bound, unrunnable: None, ignored });
+            };
+            failures.push(why.to_string());
+            if matches!(why, Cannot::Unsound { .. }) {
+                break;
             }
         }
+        let unrunnable = failures.into_iter().next();
         let bound = Self::likely_shapes(model, request);
         Ok(Self { all: Vec::new(), random: true, bound, unrunnable, ignored })
     }
@@ -211,16 +225,13 @@ impl Samples {
         slots: &[Slot],
         request: &Request,
         given: &BTreeMap<String, Vec<Value>>,
+        bound: &Bound,
         count: usize,
-        open: usize,
     ) -> Vec<Vec<Value>> {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
-        let mut one = |slot: &Slot, i: usize| {
-            if let Some(values) = given.get(&slot.name) {
-                return values[i].clone();
-            }
-            let dims = request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open));
-            slot.random(&dims, request.fixed.get(&slot.name).copied(), &mut random)
+        let mut one = |slot: &Slot, i: usize| match given.get(&slot.name) {
+            Some(values) => values[i].clone(),
+            None => slot.random(&bound[&slot.name], request.fixed.get(&slot.name).copied(), &mut random),
         };
         (0..count).map(|i| slots.iter().map(|slot| one(slot, i)).collect()).collect()
     }
@@ -236,10 +247,12 @@ impl Slot {
         let count = dims.iter().product();
         let is_float = self.fact.dtype.is_some_and(crate::ir::tensor::is_float);
         let below = if self.fact.dtype == Some(DType::Bool) { 2 } else { self.below.max(1) };
+        // Each sample has integers of a range of its own: drawn from all of them, long rows of integers are all alike.
+        let [a, b] = if is_float { [0, 0] } else { [(); 2].map(|()| random.next_u64() % below as u64) };
         let mut draw = || match fixed {
             Some(value) => value,
             None if is_float => f64::from(normal(random) as f32),
-            None => (random.next_u64() % below as u64) as f64,
+            None => (a.min(b) + random.next_u64() % (a.abs_diff(b) + 1)) as f64,
         };
         Value { dims: dims.to_vec(), values: (0..count).map(|_| draw()).collect(), is_float }
     }
@@ -256,6 +269,33 @@ fn slots(graph: &Graph) -> Vec<Slot> {
         Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), batches, below }
     };
     graph.fed_inputs().map(slot).collect()
+}
+
+/// Sizes of the open axes beyond the batch to try, one for each of `slots`: the same for all, then all mixtures.
+fn open_sizes(slots: &[Slot], request: &Request) -> Vec<Vec<usize>> {
+    let is_open = |slot: &Slot| {
+        let dims = slot.fact.dims.as_ref();
+        let open =
+            dims.is_none_or(|dims| dims.iter().enumerate().any(|(i, d)| d.is_none() && !slot.batches.contains(&i)));
+        open && !request.shapes.contains_key(&slot.name)
+    };
+    let open: Vec<_> = (0..slots.len()).filter(|&i| is_open(&slots[i])).collect();
+    if open.is_empty() {
+        return vec![vec![1; slots.len()]];
+    }
+    let mut tries: Vec<Vec<usize>> = OPEN_AXES.iter().map(|&size| vec![size; slots.len()]).collect();
+    for number in 0..OPEN_AXES.len().saturating_pow(open.len() as u32).min(MAX_MIXTURES) {
+        let mut sizes = vec![OPEN_AXES[0]; slots.len()];
+        let mut rest = number;
+        for &i in open.iter().rev() {
+            sizes[i] = OPEN_AXES[rest % OPEN_AXES.len()];
+            rest /= OPEN_AXES.len();
+        }
+        if !tries.contains(&sizes) {
+            tries.push(sizes);
+        }
+    }
+    tries
 }
 
 /// The names of the open axes of an input; empty for the others.

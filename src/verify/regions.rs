@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::{Cannot, Difference, Reference, Value};
+use super::{Cannot, Difference, Engine, Reference, Value};
 use crate::{
     analysis::shapes::{Fact, Shapes},
     codec::Model,
@@ -26,15 +26,15 @@ const INTEGERS_BELOW: u64 = 4;
 /// # Errors
 ///
 /// When the engine can't run a region that changed.
-pub fn compare_regions(a: &Model, b: &Model, bound: &Bound) -> Result<Difference, Cannot> {
+pub fn compare_regions(engine: &Engine, a: &Model, b: &Model, bound: &Bound) -> Result<Difference, Cannot> {
     let shapes = Shapes::infer(&a.graph, bound);
     let mut difference = Difference { samples: RUNS, ..Difference::default() };
-    compare_graphs(a, (&a.graph, &shapes), &b.graph, &mut difference)?;
+    compare_graphs((engine, a), (&a.graph, &shapes), &b.graph, &mut difference)?;
     Ok(difference)
 }
 
 fn compare_graphs(
-    model: &Model,
+    from: (&Engine, &Model),
     (a, shapes): (&Graph, &Shapes),
     b: &Graph,
     difference: &mut Difference,
@@ -65,15 +65,15 @@ fn compare_graphs(
         want(x.value, y.value);
     }
     for (&x, &y) in &wanted {
-        compare_values(model, (&old, shapes, x), (b, y), &kept, difference)?;
+        compare_values(from, (&old, shapes, x), (b, y), &kept, difference)?;
     }
     for (y, x) in twins {
-        let (Some(from), Some(to)) = (a.op(x), b.op(y)) else { continue };
+        let (Some(was), Some(is)) = (a.op(x), b.op(y)) else { continue };
         let fact = |(i, value)| (i, shapes.fact(value).cloned().unwrap_or_default());
         let captured: BTreeMap<_, _> = a.captures(x).into_iter().map(fact).collect();
-        for (old, new) in from.bodies.iter().zip(&to.bodies) {
+        for (old, new) in was.bodies.iter().zip(&is.bodies) {
             let inside = Shapes::infer_body(&old.graph, &captured);
-            compare_graphs(model, (&old.graph, &inside), &new.graph, difference)?;
+            compare_graphs(from, (&old.graph, &inside), &new.graph, difference)?;
         }
     }
     Ok(())
@@ -191,7 +191,7 @@ fn captured(a: &Graph, x: NodeId, b: &Graph, y: NodeId) -> Vec<(Outlet, Outlet)>
 
 /// Computes one value in both graphs from what its region reads there, and compares.
 fn compare_values(
-    model: &Model,
+    (engine, model): (&Engine, &Model),
     (old, shapes, x): (&Old<'_>, &Shapes, Outlet),
     (b, y): (&Graph, Outlet),
     kept: &BTreeSet<NodeId>,
@@ -228,7 +228,7 @@ fn compare_values(
     };
     let (before, after) = (cut(a, &inputs_a, x)?, cut(b, &inputs_b, y)?);
     let at = |cannot: Cannot| region(cannot.to_string());
-    let reference = Reference::new(&model.with_graph(before), samples_a).map_err(at)?;
+    let reference = Reference::new(engine, &model.with_graph(before), samples_a).map_err(at)?;
     let found = reference.compare_on(&model.with_graph(after), &samples_b).map_err(at)?;
     difference.rounding = super::max(difference.rounding, found.rounding);
     difference.error = super::max(difference.error, found.error);

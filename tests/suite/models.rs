@@ -6,7 +6,7 @@ use onnx_shrink::{
     pass::{Context, Price},
     pipeline,
     shrink::{Job, shrink},
-    verify::{ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
+    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
 
 use crate::{fixture, models};
@@ -33,7 +33,7 @@ fn accuracy(model: &Model, data: &str) -> f64 {
     let samples = Samples::gather(model, &request).unwrap();
     let mut archive = zip::ZipArchive::new(std::fs::File::open(fixture(data)).unwrap()).unwrap();
     let labels = npyz::NpyFile::new(archive.by_name("labels.npy").unwrap()).unwrap().into_vec::<i64>().unwrap();
-    let runner = onnx_shrink::verify::Runner::new(model, &samples.all()[0]).unwrap();
+    let runner = Engine::default().prepare(model, &samples.all()[0]).unwrap();
     let right = samples.all().iter().zip(&labels).filter(|(sample, label)| {
         let scores = runner.run(sample).unwrap().remove(0).values;
         (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])) == Some(**label as usize)
@@ -91,7 +91,7 @@ fn the_verifier_refuses_zeroed_weights_and_constant_outputs() {
     for path in models() {
         let model = Model::open(&path).unwrap();
         let samples = Samples::gather(&model, &Request::default()).unwrap();
-        let reference = Reference::new(&model, samples.part(Split::Last)).unwrap();
+        let reference = Reference::new(&Engine::default(), &model, samples.part(Split::Last)).unwrap();
         assert_eq!(reference.compare(&model).unwrap().rounding, 0.0);
         let mut zeroed = model.clone();
         for weight in weights(&zeroed.graph) {
@@ -113,7 +113,7 @@ fn regions_are_proven_equal_and_a_changed_weight_is_found() {
         let model = Model::open(&path).unwrap();
         let bound = Samples::likely_shapes(&model, &Request::default());
         let (simple, _) = shrink(&model, &job("simplify", None), &mut |_| {}).unwrap();
-        let difference = compare_regions(&model, &simple, &bound).unwrap();
+        let difference = compare_regions(&Engine::default(), &model, &simple, &bound).unwrap();
         assert!(difference.rounding <= ROUNDING_BUDGET, "{}: {difference:?}", path.display());
         let mut wrong = simple.clone();
         let largest =
@@ -122,7 +122,7 @@ fn regions_are_proven_equal_and_a_changed_weight_is_found() {
         let halved: Vec<_> = value.f64s().unwrap().iter().map(|v| v / 2.0).collect();
         let halved = onnx_shrink::ir::Tensor::floats(value.dtype(), value.dims(), &halved).unwrap();
         wrong.graph.set_weight(largest, Weight::dense(halved));
-        let difference = compare_regions(&model, &wrong, &bound).unwrap();
+        let difference = compare_regions(&Engine::default(), &model, &wrong, &bound).unwrap();
         assert!(difference.rounding > 100.0 * ROUNDING_BUDGET, "{}: {difference:?}", path.display());
     }
 }
@@ -174,7 +174,7 @@ fn a_missing_output_is_no_match() {
     graph.output.push(onnx_shrink::proto::ValueInfoProto { name: Some(inner), ..Default::default() });
     let more = Model::decode(prost::Message::encode_to_vec(&proto).into(), None).unwrap();
     let samples = Samples::gather(&more, &Request::default()).unwrap();
-    let reference = Reference::new(&more, samples.part(Split::Last)).unwrap();
+    let reference = Reference::new(&Engine::default(), &more, samples.part(Split::Last)).unwrap();
     assert_eq!(reference.compare(&more).unwrap().error, 0.0);
     assert_eq!(reference.compare(&model).unwrap().error, f64::INFINITY);
 }

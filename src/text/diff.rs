@@ -1,0 +1,47 @@
+//! What differs between two models.
+
+use std::{collections::BTreeMap, fmt};
+
+use similar::TextDiff;
+
+use super::print;
+use crate::{analysis::cost::Cost, codec::Model};
+
+/// Unchanged lines shown around each change.
+const CONTEXT: usize = 2;
+
+/// The difference between two models.
+#[derive(Clone, Debug)]
+pub struct Diff {
+    /// The costs of both.
+    pub costs: (Cost, Cost),
+    /// The changed lines of their texts, in the unified format; empty where the texts are the same.
+    pub lines: String,
+    /// Whether the files differ in anything at all, what the text leaves out included.
+    pub is_same: bool,
+}
+
+/// Compares two models: costs at the shapes that they declare, and texts line by line.
+#[must_use]
+pub fn diff(a: &Model, b: &Model) -> Diff {
+    let shapes = BTreeMap::new();
+    let (from, to) = (print(a), print(b));
+    let lines = TextDiff::from_lines(&from, &to).unified_diff().context_radius(CONTEXT).to_string();
+    Diff { costs: (Cost::of(a, &shapes), Cost::of(b, &shapes)), lines, is_same: a.to_proto() == b.to_proto() }
+}
+
+impl fmt::Display for Diff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_same {
+            return Ok(());
+        }
+        write!(f, "{}", self.costs.0.compared_to(&self.costs.1))?;
+        if self.lines.is_empty() {
+            return writeln!(
+                f,
+                "only what the text leaves out differs: doc strings, annotations, or how constants are spelled"
+            );
+        }
+        write!(f, "\n{}", self.lines)
+    }
+}

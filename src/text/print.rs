@@ -1,0 +1,303 @@
+//! From a model to text.
+
+use std::fmt::Write as _;
+
+use crate::{
+    codec::Model,
+    ir::{Body, DType, Graph, Kind, Tensor},
+    proto::{
+        AttributeProto, FunctionProto, GraphProto, NodeProto, OperatorSetIdProto, TensorProto, TypeProto,
+        attribute_proto::AttributeType,
+        tensor_shape_proto::{Dimension, dimension},
+        type_proto,
+    },
+};
+
+/// Constants of more elements than this are written as a mark.
+const MAX_INLINE: usize = 8;
+
+/// `model` as text, each constant, declared value and node on a line of its own.
+#[must_use]
+pub fn print(model: &Model) -> String {
+    let proto = model.to_proto();
+    let mut out = Printer { text: String::new(), depth: 0 };
+    out.line("<");
+    out.depth += 1;
+    out.line(&format!("ir_version: {},", proto.ir_version()));
+    for (key, value) in [
+        ("producer_name", &proto.producer_name),
+        ("producer_version", &proto.producer_version),
+        ("domain", &proto.domain),
+    ] {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            out.line(&format!("{key}: {},", quoted(value)));
+        }
+    }
+    if !proto.metadata_props.is_empty() {
+        let entry = |entry: &crate::proto::StringStringEntryProto| {
+            format!("{}: {}", quoted(entry.key()), quoted(entry.value()))
+        };
+        let entries: Vec<_> = proto.metadata_props.iter().map(entry).collect();
+        out.line(&format!("metadata_props: [{}],", entries.join(", ")));
+    }
+    out.line(&format!("opset_import: [{}]", opsets(&proto.opset_import)));
+    out.depth -= 1;
+    out.line(">");
+    if let Some(graph) = &proto.graph {
+        out.graph(graph, Some(&model.graph), "");
+    }
+    for function in &proto.functions {
+        out.function(function);
+    }
+    out.text
+}
+
+fn opsets(sets: &[OperatorSetIdProto]) -> String {
+    let each = |set: &OperatorSetIdProto| format!("{}: {}", quoted(set.domain()), set.version());
+    sets.iter().map(each).collect::<Vec<_>>().join(", ")
+}
+
+struct Printer {
+    text: String,
+    depth: usize,
+}
+
+impl Printer {
+    fn line(&mut self, line: &str) {
+        let _ = writeln!(self.text, "{:indent$}{line}", "", indent = 2 * self.depth);
+    }
+
+    /// Writes a graph; its first line begins with `prefix`.
+    fn graph(&mut self, proto: &GraphProto, graph: Option<&Graph>, prefix: &str) {
+        let infos = |infos: &[crate::proto::ValueInfoProto]| {
+            let each = infos.iter().map(|info| format!("{} {}", kind(info.r#type.as_ref()), id(info.name())));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        let (inputs, outputs) = (infos(&proto.input), infos(&proto.output));
+        self.line(&format!("{prefix}{} ({inputs}) => ({outputs})", id(proto.name())));
+        let mut listed = Vec::new();
+        for tensor in &proto.initializer {
+            let made = graph.and_then(|graph| constant(graph, tensor.name()));
+            listed.push(format!("{} {} = {}", tensor_kind(tensor), id(tensor.name()), data(tensor, made)));
+        }
+        for sparse in &proto.sparse_initializer {
+            let values = sparse.values.clone().unwrap_or_default();
+            let dims: Vec<_> = sparse.dims.iter().map(ToString::to_string).collect();
+            let name = dtype(values.data_type());
+            listed.push(format!(
+                "sparse_tensor({name}[{}]) {} = {}",
+                dims.join(","),
+                id(values.name()),
+                data(&values, None)
+            ));
+        }
+        for info in &proto.value_info {
+            listed.push(format!("{} {}", kind(info.r#type.as_ref()), id(info.name())));
+        }
+        if let Some(last) = listed.pop() {
+            self.line("<");
+            self.depth += 1;
+            for entry in &listed {
+                self.line(&format!("{entry},"));
+            }
+            self.line(&last);
+            self.depth -= 1;
+            self.line(">");
+        }
+        self.line("{");
+        self.depth += 1;
+        for node in &proto.node {
+            self.node(node, graph);
+        }
+        self.depth -= 1;
+        self.line("}");
+    }
+
+    fn node(&mut self, node: &NodeProto, graph: Option<&Graph>) {
+        let list = |names: &[String]| names.iter().map(|name| id(name)).collect::<Vec<_>>().join(", ");
+        let label = if node.name().is_empty() { String::new() } else { format!("[{}] ", quoted(node.name())) };
+        let op = match node.domain() {
+            "" | "ai.onnx" => node.op_type().to_owned(),
+            domain => format!("{domain}.{}", node.op_type()),
+        };
+        let made = node.output.first().and_then(|name| graph.and_then(|graph| constant(graph, name)));
+        let is_body = |a: &&AttributeProto| matches!(a.r#type(), AttributeType::Graph | AttributeType::Graphs);
+        let plain: Vec<_> =
+            node.attribute.iter().filter(|a| !is_body(a)).map(|a| attribute(a, made.as_ref())).collect();
+        let attributes = if plain.is_empty() { String::new() } else { format!("<{}> ", plain.join(", ")) };
+        let outputs = list(&node.output);
+        self.line(&format!("{label}{outputs} = {op} {attributes}({})", list(&node.input)));
+        let bodies = bodies(node, graph);
+        if bodies.is_empty() {
+            return;
+        }
+        self.depth += 1;
+        let last = bodies.len() - 1;
+        for (i, (name, proto, body)) in bodies.into_iter().enumerate() {
+            let open = if i == 0 { "<" } else { "" };
+            self.graph(proto, body.map(|body| &body.graph), &format!("{open}{name} = "));
+            let end = self.text.trim_end().len();
+            self.text.truncate(end);
+            self.text.push_str(if i == last { ">\n" } else { ",\n" });
+        }
+        self.depth -= 1;
+    }
+
+    fn function(&mut self, function: &FunctionProto) {
+        let domain = quoted(function.domain());
+        self.line(&format!("<domain: {domain}, opset_import: [{}]>", opsets(&function.opset_import)));
+        let list = |names: &[String]| names.iter().map(|name| id(name)).collect::<Vec<_>>().join(", ");
+        let attributes =
+            if function.attribute.is_empty() { String::new() } else { format!("<{}> ", function.attribute.join(", ")) };
+        let (inputs, outputs) = (list(&function.input), list(&function.output));
+        self.line(&format!("{} {attributes}({inputs}) => ({outputs})", id(function.name())));
+        self.line("{");
+        self.depth += 1;
+        for node in &function.node {
+            self.node(node, None);
+        }
+        self.depth -= 1;
+        self.line("}");
+    }
+}
+
+/// The bodies of `node`: attribute, message, and what the graph holds of it.
+fn bodies<'a>(node: &'a NodeProto, graph: Option<&'a Graph>) -> Vec<(&'a str, &'a GraphProto, Option<&'a Body>)> {
+    let held = graph.and_then(|graph| {
+        let value = node.output.iter().find(|name| !name.is_empty())?;
+        let found = graph.values().get(value.as_str()).copied()?;
+        Some(graph.op(found.node)?.bodies.as_slice())
+    });
+    let mut bodies = Vec::new();
+    for attribute in &node.attribute {
+        let single = attribute.g.iter().map(|graph| (None, graph));
+        for (index, proto) in single.chain((0..).map(Some).zip(&attribute.graphs)) {
+            let body = held.unwrap_or_default().iter().find(|b| b.attribute == attribute.name() && b.index == index);
+            bodies.push((attribute.name(), proto, body));
+        }
+    }
+    bodies
+}
+
+fn constant(graph: &Graph, name: &str) -> Option<Tensor> {
+    match graph.kind(graph.values().get(name)?.node) {
+        Kind::Const(constant) => Some(constant.weight.value().clone()),
+        _ => None,
+    }
+}
+
+/// A name as the syntax has it: bare where it is an identifier, else quoted; nothing for an omitted value.
+fn id(name: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let bare = name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit());
+    if bare { name.to_owned() } else { quoted(name) }
+}
+
+pub(super) fn quoted(text: &str) -> String {
+    let mut out = String::from('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn dtype(number: i32) -> String {
+    DType::try_from(number).map_or_else(|_| format!("type{number}"), |dtype| dtype.as_str_name().to_lowercase())
+}
+
+/// The type of a value.
+fn kind(of: Option<&TypeProto>) -> String {
+    use type_proto::Value;
+    let inner = |of: &Option<Box<TypeProto>>| kind(of.as_deref());
+    match of.and_then(|of| of.value.as_ref()) {
+        Some(Value::TensorType(tensor)) => {
+            let name = dtype(tensor.elem_type());
+            match &tensor.shape {
+                None => format!("{name}[]"),
+                Some(shape) if shape.dim.is_empty() => name,
+                Some(shape) => format!("{name}[{}]", shape.dim.iter().map(dim).collect::<Vec<_>>().join(",")),
+            }
+        }
+        Some(Value::SequenceType(sequence)) => format!("seq({})", inner(&sequence.elem_type)),
+        Some(Value::OptionalType(optional)) => format!("optional({})", inner(&optional.elem_type)),
+        Some(Value::MapType(map)) => format!("map({}, {})", dtype(map.key_type()), inner(&map.value_type)),
+        Some(Value::SparseTensorType(sparse)) => format!("sparse_tensor({}[])", dtype(sparse.elem_type())),
+        Some(Value::OpaqueType(opaque)) => format!("opaque({})", quoted(opaque.name())),
+        None => "undefined[]".to_owned(),
+    }
+}
+
+fn dim(dim: &Dimension) -> String {
+    match &dim.value {
+        Some(dimension::Value::DimValue(value)) => value.to_string(),
+        Some(dimension::Value::DimParam(name)) if !name.is_empty() => id(name),
+        _ => "?".to_owned(),
+    }
+}
+
+fn tensor_kind(tensor: &TensorProto) -> String {
+    let dims: Vec<_> = tensor.dims.iter().map(ToString::to_string).collect();
+    let name = dtype(tensor.data_type());
+    if dims.is_empty() { name } else { format!("{name}[{}]", dims.join(",")) }
+}
+
+/// The elements of a constant, or its mark; `tensor` is what the graph holds in its place, if it does.
+fn data(proto: &TensorProto, tensor: Option<Tensor>) -> String {
+    let Some(tensor) = tensor.or_else(|| Tensor::carried(proto.clone(), None).ok()) else { return "?".to_owned() };
+    if tensor.len() <= MAX_INLINE
+        && let Some(elements) = elements(&tensor)
+    {
+        return format!("{{{}}}", elements.join(", "));
+    }
+    if tensor.is_made() && crate::ir::tensor::is_float(tensor.dtype()) {
+        return "*".to_owned();
+    }
+    format!("#{:08x}", tensor.hash() as u32)
+}
+
+fn elements(tensor: &Tensor) -> Option<Vec<String>> {
+    if let Some(strings) = tensor.strings() {
+        return Some(strings.iter().map(|s| quoted(&String::from_utf8_lossy(s))).collect());
+    }
+    if let Some(integers) = tensor.i64s() {
+        return Some(integers.iter().map(ToString::to_string).collect());
+    }
+    match tensor.dtype() {
+        DType::Double => Some(tensor.f64s()?.iter().map(|v| format!("{v:?}")).collect()),
+        _ => Some(tensor.f32s()?.iter().map(|v| format!("{v:?}")).collect()),
+    }
+}
+
+fn attribute(attribute: &AttributeProto, made: Option<&Tensor>) -> String {
+    let name = attribute.name();
+    if let Some(reference) = attribute.ref_attr_name.as_ref().filter(|r| !r.is_empty()) {
+        return format!("{name}: {} = @{reference}", attribute.r#type().as_str_name().to_lowercase());
+    }
+    let text = |s: &[u8]| quoted(&String::from_utf8_lossy(s));
+    let list = |items: Vec<String>| {
+        if items.is_empty() {
+            format!("{name}: {} = []", attribute.r#type().as_str_name().to_lowercase())
+        } else {
+            format!("{name} = [{}]", items.join(", "))
+        }
+    };
+    let tensor = |t: &TensorProto| format!("{} {}", tensor_kind(t), data(t, made.cloned()));
+    match attribute.r#type() {
+        AttributeType::Int => format!("{name} = {}", attribute.i()),
+        AttributeType::Float => format!("{name} = {:?}", attribute.f()),
+        AttributeType::String => format!("{name} = {}", text(attribute.s())),
+        AttributeType::Ints => list(attribute.ints.iter().map(ToString::to_string).collect()),
+        AttributeType::Floats => list(attribute.floats.iter().map(|v| format!("{v:?}")).collect()),
+        AttributeType::Strings => list(attribute.strings.iter().map(|s| text(s)).collect()),
+        AttributeType::Tensor => format!("{name} = {}", attribute.t.as_ref().map(tensor).unwrap_or_default()),
+        AttributeType::Tensors => list(attribute.tensors.iter().map(tensor).collect()),
+        AttributeType::TypeProto => format!("{name}: type_proto = {}", kind(attribute.tp.as_ref())),
+        other => format!("{name}: {} = ?", other.as_str_name().to_lowercase()),
+    }
+}

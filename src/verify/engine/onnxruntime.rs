@@ -1,0 +1,124 @@
+//! Runs a model in ONNX Runtime, which is looked for when it is asked for and linked by nobody.
+
+use std::{cell::RefCell, fmt, path::Path};
+
+use half::{bf16, f16};
+use ort::{
+    environment::Environment,
+    logging::LogLevel,
+    session::{Session, SessionInputValue, builder::GraphOptimizationLevel},
+    value::{DynValue, Tensor, TensorElementType, ValueType},
+};
+
+use super::{Cannot, Prepared, Run, Value, guarded};
+use crate::ir::DType;
+
+const NAME: &str = "onnxruntime";
+
+/// The loaded library.
+#[derive(Clone)]
+pub(super) struct Library(Environment);
+
+impl fmt::Debug for Library {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Library")
+    }
+}
+
+impl Library {
+    /// Loads the library at `path`; one process loads one.
+    pub(super) fn load(path: &Path) -> Result<Self, Cannot> {
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let environment = || anyhow::Ok(ort::init_from(path)?.with_telemetry(false).build()?);
+        Ok(Self(guarded(NAME, environment)?))
+    }
+
+    /// Loads a model as it is written, and runs it once: one thread and no optimizations, so that the answer is the same
+    /// each time.
+    pub(super) fn session(&self, prepared: &Prepared<'_>, sample: &[Value]) -> Result<Loaded, Cannot> {
+        let bytes = prepared.model.encode();
+        let session = guarded(NAME, || -> ort::Result<Session> {
+            Session::builder(&self.0)?
+                .with_optimization_level(GraphOptimizationLevel::Disable)?
+                .with_intra_threads(1)?
+                .with_log_level(LogLevel::Fatal)?
+                .commit_from_memory(&bytes)
+        })?;
+        let names = prepared.model.graph.fed_inputs().map(|input| input.info.name().to_owned()).collect();
+        let outputs = prepared.model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
+        let loaded = Loaded { session: RefCell::new(session), names, outputs, types: prepared.types.clone() };
+        loaded.run(sample)?;
+        Ok(loaded)
+    }
+}
+
+/// A model that ONNX Runtime has loaded.
+pub(super) struct Loaded {
+    session: RefCell<Session>,
+    names: Vec<String>,
+    outputs: Vec<String>,
+    types: Vec<DType>,
+}
+
+impl Run for Loaded {
+    fn run(&self, sample: &[Value]) -> Result<Vec<Value>, Cannot> {
+        guarded(NAME, || {
+            let feeds = self.names.iter().zip(sample).zip(&self.types);
+            let feeds = feeds.map(|((name, value), &dtype)| anyhow::Ok((name.as_str(), input(value, dtype)?)));
+            let feeds = feeds.collect::<anyhow::Result<Vec<_>>>()?;
+            let mut session = self.session.borrow_mut();
+            let found = session.run(feeds)?;
+            let get = |name: &String| found.get(name).ok_or_else(|| anyhow::anyhow!("output `{name}` is missing"));
+            self.outputs.iter().map(|name| output(get(name)?)).collect::<anyhow::Result<_>>()
+        })
+    }
+}
+
+fn input(value: &Value, dtype: DType) -> anyhow::Result<SessionInputValue<'static>> {
+    macro_rules! tensor {
+        ($convert:expr) => {
+            Tensor::from_array((value.dims.clone(), value.values.iter().copied().map($convert).collect::<Vec<_>>()))?
+                .into()
+        };
+    }
+    Ok(match dtype {
+        DType::Float => tensor!(|v| v as f32),
+        DType::Double => tensor!(|v| v),
+        DType::Float16 => tensor!(f16::from_f64),
+        DType::Int64 => tensor!(|v| v as i64),
+        DType::Int32 => tensor!(|v| v as i32),
+        DType::Int16 => tensor!(|v| v as i16),
+        DType::Int8 => tensor!(|v| v as i8),
+        DType::Uint8 => tensor!(|v| v as u8),
+        DType::Uint16 => tensor!(|v| v as u16),
+        DType::Bool => tensor!(|v| v != 0.0),
+        _ => anyhow::bail!("{dtype:?} can't be fed"),
+    })
+}
+
+fn output(value: &DynValue) -> anyhow::Result<Value> {
+    let ValueType::Tensor { ty, .. } = value.dtype() else { anyhow::bail!("an output is not a tensor") };
+    macro_rules! read {
+        ($t:ty, $is_float:expr, $convert:expr) => {{
+            let (shape, values) = value.try_extract_tensor::<$t>()?;
+            let dims = shape.iter().map(|&d| d as usize).collect();
+            Value { dims, values: values.iter().copied().map($convert).collect(), is_float: $is_float }
+        }};
+    }
+    Ok(match ty {
+        TensorElementType::Float32 => read!(f32, true, f64::from),
+        TensorElementType::Float64 => read!(f64, true, |v| v),
+        TensorElementType::Float16 => read!(f16, true, f16::to_f64),
+        TensorElementType::Bfloat16 => read!(bf16, true, bf16::to_f64),
+        TensorElementType::Int64 => read!(i64, false, |v| v as f64),
+        TensorElementType::Uint64 => read!(u64, false, |v| v as f64),
+        TensorElementType::Int32 => read!(i32, false, f64::from),
+        TensorElementType::Uint32 => read!(u32, false, f64::from),
+        TensorElementType::Int16 => read!(i16, false, f64::from),
+        TensorElementType::Uint16 => read!(u16, false, f64::from),
+        TensorElementType::Int8 => read!(i8, false, f64::from),
+        TensorElementType::Uint8 => read!(u8, false, f64::from),
+        TensorElementType::Bool => read!(bool, false, |v| f64::from(u8::from(v))),
+        other => anyhow::bail!("an output is of {other:?}, which can't be compared"),
+    })
+}
