@@ -155,6 +155,12 @@ pub struct Context {
 }
 
 impl Context {
+    /// A context in which inputs have the shapes of `bound`.
+    #[must_use]
+    pub fn at(bound: BTreeMap<String, Vec<usize>>) -> Self {
+        Self { bound, ..Self::default() }
+    }
+
     /// Counts one more of `what`.
     pub fn count(&mut self, what: &'static str) {
         self.add(what, 1);

@@ -57,6 +57,13 @@ impl Op {
         self
     }
 
+    /// The same without the attribute `name`.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.proto.attribute.retain(|attribute| attribute.name() != name);
+        self
+    }
+
     /// The same called `name`.
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {

@@ -12,7 +12,7 @@ use crate::{
 /// Compute what depends on constants alone, and what is known of shapes, once and for all.
 ///
 /// Operators are evaluated the same to the bit on every machine. Shape arithmetic is folded where the declared input
-/// shapes settle it.
+/// shapes settle it; where one extent of a `Reshape` is open and the others are known, the open one becomes -1.
 ///
 /// Applies when: the file does not grow. An `Expand` of one number to a million stays.
 ///
@@ -31,7 +31,11 @@ impl Pass for FoldConstants {
         let mut folded = 0;
         everywhere(graph, &mut |graph| {
             let shapes = Shapes::infer(graph, &std::collections::BTreeMap::new());
-            folded += graph.ops().into_iter().filter_map(|node| fold(graph, &shapes, node)).count();
+            let ops = graph.ops();
+            folded += ops
+                .into_iter()
+                .filter_map(|node| fold(graph, &shapes, node).or_else(|| infer(graph, &shapes, node)))
+                .count();
         });
         cx.add("operators folded", folded);
         Ok(())
@@ -60,6 +64,24 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         return None;
     }
     graph.settle(node, Weight::dense(value));
+    Some(())
+}
+
+/// Has the `Reshape` at `node` infer the one extent that is not known from how many elements there are.
+fn infer(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    let reshape = graph.op_of(node, "Reshape")?;
+    let computed = graph.operand(node, 1).filter(|&target| graph.constant(target).is_none())?;
+    let entries = shapes.fact(computed)?.ints.as_ref()?;
+    let one_open = entries.iter().filter(|entry| entry.is_none()).count() == 1;
+    // A zero would stand for the extent of the input; and only where none is zero is the open one settled by the others.
+    if !one_open || entries.iter().flatten().any(|&entry| entry <= 0) || reshape.int("allowzero") == Some(1) {
+        return None;
+    }
+    let entries: Vec<i64> = entries.iter().map(|entry| entry.unwrap_or(-1)).collect();
+    let name = format!("{}.fold-constants", graph.name(computed));
+    let target = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], &entries)), &name);
+    graph.set_operand(node, 1, Some(target));
+    graph.sweep(computed.node);
     Some(())
 }
 

@@ -83,7 +83,7 @@ fn fuse(graph: &mut Graph, bn: NodeId) -> Option<()> {
     graph.set_operand(layer, 1, Some(weight));
     graph.set_operand(layer, 2, Some(bias));
     if beta != 1.0 {
-        graph.edit_op(layer, |op| *op = std::mem::take(op).with_float("beta", 1.0));
+        graph.edit_op(layer, |op| *op = std::mem::take(op).without("beta"));
     }
     graph.replace_uses(bn.out(), layer_out);
     graph.sweep(bn);

@@ -155,6 +155,9 @@ impl Svd {
         for layer in &layers {
             split(graph, layer, left, right)?;
         }
+        // Where every reader wants them transposed, nobody reads the factors themselves.
+        graph.sweep(left.node);
+        graph.sweep(right.node);
         cx.add("layers split", layers.len());
         Some(())
     }
@@ -206,6 +209,11 @@ fn collect(graph: &Graph, value: Outlet, layers: &mut Vec<Layer>) -> bool {
     })
 }
 
+/// `op` with the flag `name` set, or without it: absent means zero.
+fn flagged(op: Op, name: &str, set: bool) -> Op {
+    if set { op.with_int(name, 1) } else { op.without(name) }
+}
+
 /// Has `layer` multiply by the factors of its weight, left·right, one after the other.
 fn split(graph: &mut Graph, layer: &Layer, left: Outlet, right: Outlet) -> Option<()> {
     let op = graph.op(layer.node)?.clone();
@@ -231,10 +239,11 @@ fn split(graph: &mut Graph, layer: &Layer, left: Outlet, right: Outlet) -> Optio
     if gemm {
         let flag = if layer.slot == 0 { "transA" } else { "transB" };
         let other = if layer.slot == 0 { "transB" } else { "transA" };
-        reduce = reduce.with_int(flag, i64::from(layer.transposed)).with_int(other, op.int(other).unwrap_or(0));
         // The factors are plain constants: the flags say all of the transposition, and x is turned in the first product.
+        let turned = op.int(other) == Some(1);
+        reduce = flagged(flagged(reduce, flag, layer.transposed), other, turned);
         graph.edit_op(layer.node, |op| {
-            *op = std::mem::take(op).with_int(flag, i64::from(layer.transposed)).with_int(other, 0);
+            *op = flagged(flagged(std::mem::take(op), flag, layer.transposed), other, false);
         });
     }
     let mut operands = [Some(x), Some(x)];

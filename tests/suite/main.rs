@@ -4,6 +4,8 @@
 mod cli;
 mod codec;
 mod models;
+mod passes;
+mod properties;
 mod readme;
 
 use std::path::{Path, PathBuf};

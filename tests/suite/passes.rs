@@ -1,0 +1,91 @@
+//! Each pass on the fixtures that state what it does: what it changed is a snapshot, what it computes is checked.
+
+use std::{collections::BTreeMap, fmt::Write, path::Path};
+
+use onnx_shrink::{
+    codec::Model,
+    pass::{Context, Fidelity, Price},
+    passes::PASSES,
+    pipeline::{self, Item},
+    text,
+    verify::{Difference, Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split},
+};
+
+use crate::fixtures;
+
+/// What a fixture says in its comments.
+struct Claim {
+    model: Model,
+    passes: Vec<Item>,
+    /// The most that the error may be; without it, only rounding may change.
+    error: Option<f64>,
+}
+
+fn read(path: &Path) -> Claim {
+    let text = std::fs::read_to_string(path).unwrap();
+    let mut comments = text.lines().filter_map(|line| line.strip_prefix("# "));
+    let passes = pipeline::parse(comments.next().unwrap()).unwrap();
+    let passes = passes.into_iter().filter(|item| matches!(item, Item::Pass(_))).collect();
+    let error = comments.find_map(|line| line.strip_prefix("error at most ")).map(|error| error.parse().unwrap());
+    let model = text::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Claim { model, passes, error }
+}
+
+/// Runs both models at a batch of `batch` and compares.
+fn compare(before: &Model, after: &Model, batch: usize) -> Difference {
+    let shape = |info: &onnx_shrink::ir::Input| {
+        let dims = onnx_shrink::analysis::shapes::Fact::declared(&info.info).dims.unwrap();
+        let dims = dims.iter().enumerate().map(|(axis, dim)| dim.unwrap_or(if axis == 0 { batch } else { 3 }));
+        (info.info.name().to_owned(), dims.collect())
+    };
+    let shapes: BTreeMap<_, Vec<usize>> = before.graph.fed_inputs().map(shape).collect();
+    let samples = Samples::gather(before, &Request { shapes, ..Request::default() }).unwrap();
+    assert_eq!(samples.unrunnable, None);
+    Reference::new(&Engine::default(), before, samples.part(Split::Last)).unwrap().compare(after).unwrap()
+}
+
+#[test]
+fn every_fixture_of_a_pass_keeps_its_claim() {
+    for pass in PASSES {
+        let claims: Vec<_> = fixtures(&format!("passes/{}", pass.name)).into_iter().collect();
+        let claims: Vec<_> = claims.iter().filter(|path| path.extension().is_some_and(|e| e == "onnxtxt")).collect();
+        assert!(!claims.is_empty(), "{} has no fixture", pass.name);
+        for path in claims {
+            let Claim { model, passes, error } = read(path);
+            let mut after = model.clone();
+            let bound = Samples::likely_shapes(&model, &Request::default());
+            let mut cx = Context::at(bound);
+            let outcomes = pipeline::run(&passes, &mut after, &mut cx, Price::default()).unwrap();
+            let mut snapshot = String::new();
+            for outcome in &outcomes {
+                let did: Vec<_> = outcome.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
+                let did = if did.is_empty() { "nothing to do".to_owned() } else { did.join(", ") };
+                writeln!(snapshot, "{}: {did}", outcome.pass).unwrap();
+                outcome.declined.iter().for_each(|why| writeln!(snapshot, "declined {why}").unwrap());
+            }
+            write!(snapshot, "\n{}", text::diff(&model, &after).lines).unwrap();
+            insta::with_settings!({
+                snapshot_path => path.parent().unwrap(),
+                prepend_module_to_snapshot => false,
+                omit_expression => true,
+                snapshot_suffix => "",
+            }, {
+                insta::assert_snapshot!(path.file_stem().unwrap().to_str().unwrap(), snapshot);
+            });
+            for batch in [1, 2] {
+                let difference = compare(&model, &after, batch);
+                let fits = match error {
+                    Some(error) => difference.error <= error,
+                    None => difference.rounding <= ROUNDING_BUDGET,
+                };
+                assert!(fits, "{}: {difference:?}", path.display());
+                assert!(error.is_none() || pass.fidelity == Fidelity::Lossy, "{}", path.display());
+            }
+            let mut twice = Model::decode(after.encode().into(), None).unwrap();
+            if pass.fidelity != Fidelity::Lossy {
+                pipeline::run(&passes, &mut twice, &mut Context::default(), Price::default()).unwrap();
+                assert_eq!(twice.graph.edits(), 0, "{}: a second run changed something", path.display());
+            }
+        }
+    }
+}
