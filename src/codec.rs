@@ -40,6 +40,8 @@ pub struct Model {
 /// The file that a model came from.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Source {
+    /// Its absolute path, if it has one.
+    pub path: Option<PathBuf>,
     /// The message's bytes.
     pub bytes: Bytes,
     /// The files that hold external data.
@@ -123,7 +125,9 @@ impl Model {
         let io = |source| CodecError::Io { path: path.to_owned(), action: "read", source };
         let bytes = map::read(path).map_err(io)?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Self::decode(bytes, Some(folder))
+        let mut model = Self::decode(bytes, Some(folder))?;
+        model.source.path = path.canonicalize().ok();
+        Ok(model)
     }
 
     /// Reads a model from `bytes`; external data is looked for in `folder`.

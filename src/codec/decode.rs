@@ -37,7 +37,7 @@ pub(super) fn model(bytes: Bytes, folder: Option<&Path>) -> Result<Model, CodecE
     }
     scope.graph.check()?;
     let Files { paths, bytes: external_bytes, .. } = decoder.files;
-    let source = Source { bytes, external: paths, external_bytes, unknown };
+    let source = Source { path: None, bytes, external: paths, external_bytes, unknown };
     Ok(Model { graph: scope.graph, rest, source })
 }
 

@@ -50,6 +50,10 @@ pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved,
     }
     let file = NamedTempFile::new_in(folder).map_err(io)?;
     bytes += write_message(&proto, file.as_file()).map_err(io)?;
+    if model.source.path.is_some() && path.canonicalize().ok() == model.source.path {
+        // The only copy of the model is about to go: the new one must be on the disk first.
+        file.as_file().sync_all().map_err(io)?;
+    }
     if cancelled.load(Ordering::SeqCst) {
         return Err(CodecError::Interrupted);
     }
@@ -69,7 +73,6 @@ fn write_message(proto: &ModelProto, file: &File) -> io::Result<usize> {
     }
     let mut map = map::write(file, len)?;
     proto.encode(&mut &mut map[..]).map_err(io::Error::other)?;
-    map.flush()?;
     Ok(len)
 }
 

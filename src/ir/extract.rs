@@ -81,6 +81,6 @@ fn declaration(name: &str, fact: Option<(DType, &Vec<usize>)>) -> ValueInfoProto
         let shape = TensorShapeProto { dim: dims.iter().map(dim).collect() };
         type_proto::Tensor { elem_type: Some(dtype as i32), shape: Some(shape) }
     });
-    let r#type = tensor.map(|t| TypeProto { value: Some(type_proto::Value::TensorType(t)), denotation: None });
+    let r#type = tensor.map(|t| TypeProto { value: Some(type_proto::Value::TensorType(t)), ..TypeProto::default() });
     ValueInfoProto { name: Some(name.to_owned()), r#type, ..ValueInfoProto::default() }
 }

@@ -218,18 +218,15 @@ impl Parser {
         use type_proto::Value;
         let word = self.word()?;
         let of = |value| TypeProto { value: Some(value), ..TypeProto::default() };
-        match word.as_str() {
-            "seq" | "optional" => {
-                self.punctuation('(')?;
-                let elem_type = Some(Box::new(self.kind()?));
-                self.punctuation(')')?;
-                return Ok(of(if word == "seq" {
-                    Value::SequenceType(Box::new(type_proto::Sequence { elem_type }))
-                } else {
-                    Value::OptionalType(Box::new(type_proto::Optional { elem_type }))
-                }));
-            }
-            _ => {}
+        if word == "seq" || word == "optional" {
+            self.punctuation('(')?;
+            let elem_type = Some(Box::new(self.kind()?));
+            self.punctuation(')')?;
+            return Ok(if word == "seq" {
+                of(Value::SequenceType(Box::new(type_proto::Sequence { elem_type })))
+            } else {
+                TypeProto { optional_type: Some(Box::new(type_proto::Optional { elem_type })), ..TypeProto::default() }
+            });
         }
         let Some(dtype) = DType::from_str_name(&word.to_uppercase()) else { return self.wrong("a type before this,") };
         let dims = if self.is_at('[') {

@@ -6,7 +6,8 @@ use crate::{
     codec::Model,
     ir::{Body, DType, Graph, Kind, Tensor},
     proto::{
-        AttributeProto, FunctionProto, GraphProto, NodeProto, OperatorSetIdProto, TensorProto, TypeProto,
+        AttributeProto, FunctionProto, GraphProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
+        TypeProto,
         attribute_proto::AttributeType,
         tensor_shape_proto::{Dimension, dimension},
         type_proto,
@@ -186,10 +187,10 @@ fn constant(graph: &Graph, name: &str) -> Option<Tensor> {
     }
 }
 
-/// A name as the syntax has it: bare where it is an identifier, else quoted; nothing for an omitted value.
+/// A name as the syntax has it: bare where it is an identifier, else quoted, as the empty name of an omitted value is.
 fn id(name: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let bare = name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit());
+    let bare = name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit());
     if bare { name.to_owned() } else { quoted(name) }
 }
 
@@ -215,21 +216,31 @@ fn dtype(number: i32) -> String {
 fn kind(of: Option<&TypeProto>) -> String {
     use type_proto::Value;
     let inner = |of: &Option<Box<TypeProto>>| kind(of.as_deref());
-    match of.and_then(|of| of.value.as_ref()) {
-        Some(Value::TensorType(tensor)) => {
-            let name = dtype(tensor.elem_type());
-            match &tensor.shape {
-                None => format!("{name}[]"),
-                Some(shape) if shape.dim.is_empty() => name,
-                Some(shape) => format!("{name}[{}]", shape.dim.iter().map(dim).collect::<Vec<_>>().join(",")),
-            }
-        }
-        Some(Value::SequenceType(sequence)) => format!("seq({})", inner(&sequence.elem_type)),
-        Some(Value::OptionalType(optional)) => format!("optional({})", inner(&optional.elem_type)),
-        Some(Value::MapType(map)) => format!("map({}, {})", dtype(map.key_type()), inner(&map.value_type)),
-        Some(Value::SparseTensorType(sparse)) => format!("sparse_tensor({}[])", dtype(sparse.elem_type())),
-        Some(Value::OpaqueType(opaque)) => format!("opaque({})", quoted(opaque.name())),
+    let Some(of) = of else { return "undefined[]".to_owned() };
+    match &of.value {
+        Some(Value::TensorType(tensor)) => return tensor_type(tensor.elem_type(), tensor.shape.as_ref()),
+        Some(Value::SequenceType(sequence)) => return format!("seq({})", inner(&sequence.elem_type)),
+        Some(Value::MapType(map)) => return format!("map({}, {})", dtype(map.key_type()), inner(&map.value_type)),
+        None => {}
+    }
+    if let Some(optional) = &of.optional_type {
+        return format!("optional({})", inner(&optional.elem_type));
+    }
+    if let Some(sparse) = &of.sparse_tensor_type {
+        return format!("sparse_tensor({})", tensor_type(sparse.elem_type(), sparse.shape.as_ref()));
+    }
+    match &of.opaque_type {
+        Some(opaque) => format!("opaque({}, {})", id(opaque.domain()), id(opaque.name())),
         None => "undefined[]".to_owned(),
+    }
+}
+
+fn tensor_type(elem_type: i32, shape: Option<&TensorShapeProto>) -> String {
+    let name = dtype(elem_type);
+    match shape {
+        None => format!("{name}[]"),
+        Some(shape) if shape.dim.is_empty() => name,
+        Some(shape) => format!("{name}[{}]", shape.dim.iter().map(dim).collect::<Vec<_>>().join(",")),
     }
 }
 

@@ -1,5 +1,8 @@
-//! The project's own chores: `cargo xtask codegen` writes the README's table of passes.
+//! The project's own chores.
 #![allow(clippy::print_stdout)]
+
+mod bench;
+mod fixtures;
 
 use std::{fs, path::Path};
 
@@ -16,13 +19,24 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Print how fast and how lean the program is, beside the peers.
+    Bench(bench::Bench),
+    /// Write the models of `fixtures/roundtrip`, which show every part of the format.
+    Fixtures(fixtures::Fixtures),
 }
 
 const BEGIN: &str = "<!-- passes: begin -->\n";
 const END: &str = "<!-- passes: end -->";
 
 fn main() -> anyhow::Result<()> {
-    let Task::Codegen { check } = Task::parse();
+    match Task::parse() {
+        Task::Codegen { check } => codegen(check),
+        Task::Bench(bench) => bench.run(),
+        Task::Fixtures(fixtures) => fixtures.run(),
+    }
+}
+
+fn codegen(check: bool) -> anyhow::Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
     let readme = fs::read_to_string(&path).context("README.md")?;
     let (head, rest) = readme.split_once(BEGIN).context("README.md has no mark where the table begins")?;

@@ -1,6 +1,11 @@
 //! Runs a model in ONNX Runtime, which is looked for when it is asked for and linked by nobody.
 
-use std::{cell::RefCell, fmt, path::Path};
+use std::{
+    cell::RefCell,
+    fmt,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use half::{bf16, f16};
 use ort::{
@@ -26,11 +31,18 @@ impl fmt::Debug for Library {
 }
 
 impl Library {
-    /// Loads the library at `path`; one process loads one.
+    /// Loads the library at `path`, or takes the one that the process has loaded already: there can be only one.
     pub(super) fn load(path: &Path) -> Result<Self, Cannot> {
+        static LOADED: Mutex<Option<Library>> = Mutex::new(None);
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(library) = loaded.as_ref() {
+            return Ok(library.clone());
+        }
         let environment = || anyhow::Ok(ort::init_from(path)?.with_telemetry(false).build()?);
-        Ok(Self(guarded(NAME, environment)?))
+        let library = Self(guarded(NAME, environment)?);
+        *loaded = Some(library.clone());
+        Ok(library)
     }
 
     /// Loads a model as it is written, and runs it once: one thread and no optimizations, so that the answer is the same

@@ -1,0 +1,98 @@
+//! What needs ONNX Runtime: `ORT_DYLIB_PATH=… cargo test --release --package xtask`. The project's own tests do without.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use onnx_shrink::{
+    codec::Model,
+    ir::{Tensor, Weight},
+    pipeline,
+    shrink::{Job, shrink},
+    text,
+    verify::{Engine, Reference, Request, Samples, Split},
+};
+
+/// Engines may differ by this, relative to the size of an output.
+const BETWEEN_ENGINES: f64 = 1e-4;
+
+fn engine() -> Engine {
+    let library = std::env::var("ORT_DYLIB_PATH").expect("ORT_DYLIB_PATH must name the library of ONNX Runtime");
+    Engine::onnxruntime(Path::new(&library)).unwrap()
+}
+
+fn request() -> Request {
+    Request { engine: engine(), ..Request::default() }
+}
+
+fn fixtures(folder: &str) -> Vec<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(folder);
+    let mut files: Vec<_> = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+fn models() -> Vec<(PathBuf, Model)> {
+    let files = fixtures("models").into_iter().filter(|path| path.extension().is_some_and(|e| e == "onnx"));
+    files.map(|path| (path.clone(), Model::open(&path).unwrap())).collect()
+}
+
+#[test]
+fn both_engines_agree_on_every_model_and_pass_fixture() {
+    let texts = fixtures("passes")
+        .into_iter()
+        .flat_map(|pass| fixtures(&format!("passes/{}", pass.file_name().unwrap().to_str().unwrap())));
+    let texts = texts.filter(|path| path.extension().is_some_and(|e| e == "onnxtxt"));
+    let claims = texts.map(|path| (path.clone(), text::parse(&std::fs::read_to_string(path).unwrap()).unwrap()));
+    for (path, model) in models().into_iter().chain(claims) {
+        let samples = Samples::gather(&model, &request()).unwrap();
+        assert_eq!(samples.unrunnable, None, "{}", path.display());
+        let inputs = samples.part(Split::Last);
+        let runner = Engine::default().prepare(&model, &inputs[0]).unwrap();
+        let other = engine().prepare(&model, &inputs[0]).unwrap();
+        for sample in &inputs {
+            for (a, b) in runner.run(sample).unwrap().iter().zip(&other.run(sample).unwrap()) {
+                assert_eq!((&a.dims, a.is_float), (&b.dims, b.is_float), "{}", path.display());
+                let distance: f64 = a.values.iter().zip(&b.values).map(|(x, y)| (x - y).powi(2)).sum();
+                let size: f64 = a.values.iter().map(|x| x * x).sum();
+                assert!(distance.sqrt() <= BETWEEN_ENGINES * size.sqrt().max(1e-3), "{}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn lossy_passes_are_searched_and_checked_in_onnxruntime() {
+    for (path, model) in models() {
+        let job = Job {
+            items: pipeline::parse("svd,prune").unwrap(),
+            request: request(),
+            max_error: None,
+            max_flips: None,
+            keep: globset::GlobSet::empty(),
+            keep_initializer_inputs: false,
+            verify: true,
+        };
+        let (small, report) = shrink(&model, &job, &mut |_| {}).unwrap();
+        assert!(report.difference.unwrap().error <= report.budget.unwrap(), "{}", path.display());
+        assert!(small.encode().len() <= model.encode().len(), "{}", path.display());
+    }
+}
+
+#[test]
+fn zeroed_weights_are_refused_in_onnxruntime() {
+    for (path, model) in models() {
+        let samples = Samples::gather(&model, &request()).unwrap();
+        let reference = Reference::new(&engine(), &model, samples.part(Split::Last)).unwrap();
+        assert!(reference.compare(&model).unwrap().error < BETWEEN_ENGINES);
+        let mut zeroed = model.clone();
+        for value in model.graph.values().into_values() {
+            let Some(tensor) = model.graph.constant(value) else { continue };
+            if tensor.f64s().is_some() {
+                let zero = Tensor::floats(tensor.dtype(), tensor.dims(), &vec![0.0; tensor.len()]).unwrap();
+                zeroed.graph.set_weight(value, Weight::dense(zero));
+            }
+        }
+        let difference = reference.compare(&zeroed).unwrap();
+        assert!(difference.error.is_nan() || difference.error > 0.5, "{}: {difference:?}", path.display());
+    }
+}
