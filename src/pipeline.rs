@@ -155,34 +155,35 @@ pub fn transact(name: &str, pass: &dyn Pass, graph: &mut Graph, cx: &mut Context
 /// See [`transact`].
 pub fn run(items: &[Item], model: &mut Model, cx: &mut Context, price: Price) -> Result<Vec<Outcome>, PipelineError> {
     let mut outcomes = Vec::new();
+    let mut bytes = Cost::bytes(model);
     for item in items {
         match item {
-            Item::Simplify => simplify(model, cx, &mut outcomes)?,
+            Item::Simplify => simplify(model, &mut bytes, cx, &mut outcomes)?,
             Item::Pass(step) => {
-                let outcome = one(&step.spelling, step.info.fidelity, step.pass.as_ref(), model, cx, price)?;
-                outcomes.push(outcome);
+                cx.reset(price);
+                outcomes.push(one(&step.spelling, step.info.fidelity, step.pass.as_ref(), (model, &mut bytes), cx)?);
             }
         }
     }
     Ok(outcomes)
 }
 
+/// Runs one pass on a model of so many bytes, which are updated.
 fn one(
     name: &str,
     fidelity: Fidelity,
     pass: &dyn Pass,
-    model: &mut Model,
+    (model, bytes): (&mut Model, &mut usize),
     cx: &mut Context,
-    price: Price,
 ) -> Result<Outcome, PipelineError> {
-    cx.reset(price);
-    let before = Cost::bytes(model);
-    let changed = transact(name, pass, &mut model.graph, cx)?;
-    let after = if changed { Cost::bytes(model) } else { before };
+    let before = *bytes;
+    if transact(name, pass, &mut model.graph, cx)? {
+        *bytes = Cost::bytes(model);
+    }
     Ok(Outcome {
         pass: name.to_owned(),
         fidelity,
-        bytes_removed: before as i64 - after as i64,
+        bytes_removed: before as i64 - *bytes as i64,
         tally: cx.tally.clone(),
         declined: std::mem::take(&mut cx.declined),
         predicted: cx.predicted,
@@ -190,14 +191,20 @@ fn one(
 }
 
 /// Runs every exact and rounding pass, again and again until a round changes nothing.
-fn simplify(model: &mut Model, cx: &mut Context, outcomes: &mut Vec<Outcome>) -> Result<(), PipelineError> {
+fn simplify(
+    model: &mut Model,
+    bytes: &mut usize,
+    cx: &mut Context,
+    outcomes: &mut Vec<Outcome>,
+) -> Result<(), PipelineError> {
     let passes: Vec<_> = PASSES.iter().filter(|info| info.fidelity != Fidelity::Lossy).collect();
     let first = outcomes.len();
     for _ in 0..MAX_ROUNDS {
         let edits = model.graph.edits();
         for (i, info) in passes.iter().enumerate() {
             let Ok(pass) = info.build(&[]) else { continue };
-            let outcome = one(info.name, info.fidelity, pass.as_ref(), model, cx, Price::default())?;
+            cx.reset(Price::default());
+            let outcome = one(info.name, info.fidelity, pass.as_ref(), (model, bytes), cx)?;
             match outcomes.get_mut(first + i) {
                 Some(total) => total.absorb(outcome),
                 None => outcomes.push(outcome),

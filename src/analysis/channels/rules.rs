@@ -4,44 +4,10 @@ use std::collections::BTreeSet;
 
 use super::{Channels, Count, Role, Side};
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::{ELEMENTWISE, shapes::Shapes},
     eval::axis,
     ir::{Graph, NodeId, Op, Outlet},
 };
-
-/// Element-wise operators of one operand.
-const UNARY: &[&str] = &[
-    "Abs",
-    "Cast",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Dropout",
-    "Elu",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Log",
-    "Mish",
-    "Neg",
-    "Not",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Sigmoid",
-    "Sign",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Tanh",
-    "ThresholdedRelu",
-];
 
 /// Element-wise operators of several operands, which broadcast.
 const BROADCAST: &[&str] = &[
@@ -82,7 +48,8 @@ impl Rule<'_> {
         let y = self.node.out();
         let x = self.operand(0)?;
         match self.op.standard()? {
-            op if UNARY.contains(&op) => self.same(x, y, &[]),
+            "Cast" | "Dropout" | "Identity" => self.same(x, y, &[]),
+            op if ELEMENTWISE.contains(&op) => self.same(x, y, &[]),
             op if BROADCAST.contains(&op) => (0..self.graph.operands(self.node).len() as u32)
                 .try_for_each(|slot| self.broadcast(self.operand(slot)?, y)),
             "Softmax" | "LogSoftmax" | "Hardmax" => {

@@ -53,6 +53,8 @@ impl Library {
             Session::builder(&self.0)?
                 .with_optimization_level(GraphOptimizationLevel::Disable)?
                 .with_intra_threads(1)?
+                // Without it, products of 8-bit integers saturate on processors that lack VNNI.
+                .with_precise_qmm()?
                 .with_log_level(LogLevel::Fatal)?
                 .commit_from_memory(&bytes)
         })?;
