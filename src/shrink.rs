@@ -122,6 +122,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         cx.bound.clone_from(&samples.bound);
         report.random_inputs = samples.random;
         report.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
+        report.notes.extend(chosen_shapes(samples));
     }
     report.before = Cost::of(model, &cx.bound);
     let mut base = model.clone();
@@ -152,6 +153,15 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     };
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
+}
+
+/// Which shapes were taken for open axes.
+fn chosen_shapes(samples: &Samples) -> Option<String> {
+    let other = samples.other.as_ref()?;
+    let spell = |dims: &[usize]| dims.iter().map(ToString::to_string).collect::<Vec<_>>().join("x");
+    let each = |(name, dims): (&String, &Vec<usize>)| format!("{name}={} and {}", spell(dims), spell(&other[name]));
+    let shapes: Vec<_> = samples.bound.iter().filter(|(name, dims)| other[*name] != **dims).map(each).collect();
+    Some(format!("open axes were tried as {}; --shape NAME=DIMS sets what matters to you", shapes.join(", ")))
 }
 
 fn fidelity(item: &Item) -> Fidelity {

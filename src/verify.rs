@@ -37,6 +37,28 @@ pub struct Difference {
     pub samples: usize,
 }
 
+/// A model prepared for each set of shapes that its inputs come in.
+struct Runners<'a> {
+    engine: &'a Engine,
+    model: &'a Model,
+    ready: Vec<(Vec<Vec<usize>>, Runner)>,
+}
+
+impl<'a> Runners<'a> {
+    fn new(engine: &'a Engine, model: &'a Model) -> Self {
+        Self { engine, model, ready: Vec::new() }
+    }
+
+    fn run(&mut self, sample: &[Value]) -> Result<Vec<Value>, Cannot> {
+        let shapes = || sample.iter().map(|value| value.dims.clone());
+        let known = self.ready.iter().position(|(ready, _)| ready.iter().cloned().eq(shapes()));
+        if known.is_none() {
+            self.ready.push((shapes().collect(), self.engine.prepare(self.model, sample)?));
+        }
+        self.ready[known.unwrap_or(self.ready.len() - 1)].1.run(sample)
+    }
+}
+
 /// The original model's outputs on some samples, kept to compare others with.
 #[derive(Debug)]
 pub struct Reference {
@@ -46,6 +68,8 @@ pub struct Reference {
     names: Vec<String>,
     /// Outputs that hardly vary, which are also judged before the operator that squashes them.
     flat: Vec<String>,
+    /// What the error of each output is relative to, where it is a floating-point one that varies.
+    spreads: Vec<Option<f64>>,
 }
 
 /// Operators whose result may stand still while what goes in varies.
@@ -88,10 +112,15 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn new(engine: &Engine, model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
-        let runner = engine.prepare(model, inputs.first().ok_or(Cannot::NoSamples)?)?;
-        let outputs = inputs.iter().map(|sample| runner.run(sample)).collect::<Result<_, _>>()?;
+        if inputs.is_empty() {
+            return Err(Cannot::NoSamples);
+        }
+        let mut runners = Runners::new(engine, model);
+        let outputs = inputs.iter().map(|sample| runners.run(sample)).collect::<Result<_, _>>()?;
         let names = model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
-        Ok(Self { engine: engine.clone(), inputs, outputs, names, flat: Vec::new() })
+        let reference = Self { engine: engine.clone(), inputs, outputs, names, flat: Vec::new(), spreads: Vec::new() };
+        let spreads = reference.pools().iter().map(Pooled::spread).collect();
+        Ok(Self { spreads, ..reference })
     }
 
     /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
@@ -115,16 +144,43 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn compare(&self, model: &Model) -> Result<Difference, Cannot> {
-        self.compare_on(model, &self.inputs)
+        self.compare_on(model, &self.inputs, f64::INFINITY)
+    }
+
+    /// As [`compare`](Self::compare), but gives up once the error is certain to be above `limit`: then it has seen fewer
+    /// samples than there are, and the error is at least what it says.
+    ///
+    /// # Errors
+    ///
+    /// When the engine can't run the model.
+    pub fn compare_up_to(&self, model: &Model, limit: f64) -> Result<Difference, Cannot> {
+        self.compare_on(model, &self.inputs, limit)
+    }
+
+    /// How many samples there are.
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// Each output compared with itself.
+    fn pools(&self) -> Vec<Pooled> {
+        let pool = |o: usize| {
+            let mut pool = Pooled::default();
+            self.outputs.iter().for_each(|sample| pool.add(&sample[o], &sample[o]));
+            pool
+        };
+        (0..self.names.len()).map(pool).collect()
     }
 
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
-    fn compare_on(&self, model: &Model, inputs: &[Vec<Value>]) -> Result<Difference, Cannot> {
+    fn compare_on(&self, model: &Model, inputs: &[Vec<Value>], limit: f64) -> Result<Difference, Cannot> {
         let model = with_logits(model, &self.flat);
-        let runner = self.engine.prepare(&model, inputs.first().ok_or(Cannot::NoSamples)?)?;
+        let mut runners = Runners::new(&self.engine, &model);
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
+        let mut samples = 0;
         for (sample, wanted) in inputs.iter().zip(&self.outputs) {
-            let found = runner.run(sample)?;
+            let found = runners.run(sample)?;
             // An output that is missing or one too many is no match, whatever the others are.
             if found.len() != wanted.len() {
                 return Ok(Difference {
@@ -137,12 +193,18 @@ impl Reference {
             for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&found) {
                 pool.add(wanted, found);
             }
+            samples += 1;
+            if pools.iter().zip(&self.spreads).any(|(pool, &spread)| pool.exceeds(limit, spread)) {
+                break;
+            }
         }
-        let mut difference = Difference { samples: self.inputs.len(), ..Difference::default() };
-        for (pool, name) in pools.iter().zip(&self.names) {
+        let mut difference = Difference { samples, ..Difference::default() };
+        for ((pool, name), &spread) in pools.iter().zip(&self.names).zip(&self.spreads) {
             difference.rounding = max(difference.rounding, pool.rounding);
             difference.flips = max(difference.flips, pool.flips());
-            match pool.error() {
+            // Of fewer samples than all, the spread is not the one that counts.
+            let error = if pool.exceeds(limit, spread) { Some(f64::INFINITY) } else { pool.error() };
+            match error {
                 Some(error) => difference.error = max(difference.error, error),
                 None => difference.unexercised.push(name.clone()),
             }
@@ -157,12 +219,8 @@ impl Reference {
     }
 
     fn unexercised(&self) -> Vec<String> {
-        let flat = |o: &usize| {
-            let mut pool = Pooled::default();
-            self.outputs.iter().for_each(|sample| pool.add(&sample[*o], &sample[*o]));
-            pool.error().is_none() || pool.stands_still()
-        };
-        (0..self.names.len()).filter(flat).map(|o| self.names[o].clone()).collect()
+        let flat = |pool: &Pooled| pool.error().is_none() || pool.stands_still();
+        self.pools().iter().zip(&self.names).filter(|(pool, _)| flat(pool)).map(|(_, name)| name.clone()).collect()
     }
 }
 

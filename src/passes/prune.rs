@@ -17,7 +17,9 @@ use crate::{
 /// Applies when: no operator on the way is one that the channel can't be followed through, and the channel is no input
 /// or output of the model. What is pinned so is reported with the reason.
 ///
-/// Fidelity: lossy. Without `ratio`, the error budget decides how many channels of each layer go.
+/// Fidelity: lossy. Without `ratio`, the error budget decides how many channels of each layer go. What is left of the
+/// channels of a convolution is then a multiple of 16, or of 8 or less where that is all that their count was a multiple
+/// of: runtimes compute in blocks of so many, and are several times slower where a block is not full.
 #[derive(Debug, clap::Parser)]
 #[command(name = "prune")]
 pub(super) struct Prune {
@@ -27,6 +29,10 @@ pub(super) struct Prune {
     /// What makes a channel matter.
     #[arg(long, value_enum, default_value = "l2")]
     score: Score,
+    /// The counts of channels that are left are multiples of this, or of the largest power of two that the counts before
+    /// and it have in common; 16 for convolutions where the budget decides, else 1.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    multiple: Option<u32>,
 }
 
 /// What makes a channel matter.
@@ -39,6 +45,9 @@ enum Score {
     /// The mean absolute weight that reads it (He 2014).
     Onorm,
 }
+
+/// The channels that onnxruntime computes at a time on processors with AVX-512; it is half of that on others.
+const BLOCK: usize = 16;
 
 impl Declare for Prune {
     const NAME: &'static str = "prune";
@@ -68,6 +77,8 @@ impl Pass for Prune {
 /// Channels that are made side by side: the classes along the axes that the same weights make.
 struct Layer {
     classes: BTreeSet<usize>,
+    /// How many classes there are with those that are pinned.
+    width: usize,
     /// The weights that make and read them, once each.
     sides: Vec<Side>,
 }
@@ -80,7 +91,7 @@ fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
     };
     let mut layers: Vec<Layer> = Vec::new();
     for side in channels.sides.iter().filter(|side| side.role == Role::Makes) {
-        let mut own = Layer { classes: classes(side), sides: vec![*side] };
+        let mut own = Layer { classes: classes(side), width: 0, sides: vec![*side] };
         let (joined, apart): (Vec<_>, Vec<_>) =
             layers.into_iter().partition(|layer| !layer.classes.is_disjoint(&own.classes));
         layers = apart;
@@ -106,6 +117,7 @@ fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
             cx.decline(first, "kept by --keep");
             return false;
         }
+        layer.width = layer.classes.len();
         let reason = layer.classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
         layer.classes.retain(|&class| channels.pinned(class).is_none());
         if let (true, Some(reason)) = (layer.classes.is_empty(), reason) {
@@ -158,11 +170,25 @@ impl Prune {
             };
             ranked.iter().take(most).take_while(|unit| pays(unit)).count()
         };
+        let count = self.rounded(count, layer, graph);
         cx.predicted += ranked[..count].iter().map(|unit| share(unit.1)).sum::<f64>();
         if count > 0 {
             cx.count("layers pruned");
         }
         ranked[..count].iter().map(|unit| unit.0).collect()
+    }
+
+    /// `count`, less what makes the channels that are left a multiple of what runtimes compute in.
+    fn rounded(&self, count: usize, layer: &Layer, graph: &Graph) -> usize {
+        let is_convolution = |side: &Side| graph.constant(side.weight).is_some_and(|weight| weight.dims().len() > 2);
+        let wanted = match self.multiple {
+            Some(multiple) => multiple as usize,
+            None if self.ratio.is_none() && layer.sides.iter().any(is_convolution) => BLOCK,
+            None => 1,
+        };
+        let common = 1 << wanted.trailing_zeros().min(layer.width.trailing_zeros());
+        let multiple = if layer.width.is_multiple_of(wanted) { wanted } else { common };
+        layer.width - (layer.width - count).next_multiple_of(multiple)
     }
 
     /// The norm of each slice along `axis`.

@@ -1,5 +1,9 @@
 //! How much the passes that the budget drives may do.
 
+use std::collections::BTreeMap;
+
+use xxhash_rust::xxh3::xxh3_64;
+
 use super::ShrinkError;
 use crate::{
     analysis::cost::Cost,
@@ -34,6 +38,8 @@ pub(super) struct Search<'a> {
     reference: &'a Reference,
     /// Measured over predicted error, squared, of each item alone.
     factors: Vec<f64>,
+    /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
+    seen: BTreeMap<u64, Difference>,
     tried: usize,
 }
 
@@ -57,6 +63,8 @@ type Allowed<'p> = &'p dyn Fn(&Difference) -> bool;
 /// The smallest model inside the budget so far.
 struct Best<'p> {
     allowed: Allowed<'p>,
+    /// The error above which nothing is allowed.
+    limit: f64,
     trial: Option<Trial>,
 }
 
@@ -82,12 +90,12 @@ impl<'a> Search<'a> {
         let mut model = base.clone();
         let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
         let factors = vec![1.0; items.len()];
-        Ok(Self { start: (model, outcomes), items, cx, reference, factors, tried: 0 })
+        Ok(Self { start: (model, outcomes), items, cx, reference, factors, seen: BTreeMap::new(), tried: 0 })
     }
 
     /// What comes of items none of which is free.
     pub(super) fn fixed(&mut self) -> Result<Trial, ShrinkError> {
-        self.measure(0.0, &vec![Price::default(); self.items.len()], &[], &mut |_| {})
+        self.measure(0.0, &vec![Price::default(); self.items.len()], &[], f64::INFINITY, &mut |_| {})
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
@@ -97,7 +105,7 @@ impl<'a> Search<'a> {
         budget: f64,
         progress: Progress<'_>,
     ) -> Result<Option<Trial>, ShrinkError> {
-        let mut best = Best { allowed, trial: None };
+        let mut best = Best { allowed, limit: budget, trial: None };
         // The whole budget for the whole file: the right order of magnitude.
         let mut price = budget * budget / Cost::bytes(&self.start.0).max(1) as f64;
         let free: Vec<_> = (0..self.items.len()).filter(|&i| is_free(&self.items[i])).collect();
@@ -126,7 +134,7 @@ impl<'a> Search<'a> {
     fn price(&mut self, guess: f64, best: &mut Best<'_>, progress: Progress<'_>) -> Result<f64, ShrinkError> {
         let mut attempt = |per_byte: f64| {
             let prices = vec![Price { per_byte, ceiling: f64::INFINITY }; self.items.len()];
-            self.measure(per_byte, &prices, &[], progress).map(|trial| best.offer(trial))
+            self.measure(per_byte, &prices, &[], best.limit, progress).map(|trial| best.offer(trial))
         };
         let (mut low, mut high) = (guess, guess);
         if attempt(guess)? {
@@ -172,7 +180,7 @@ impl<'a> Search<'a> {
             let ceiling = (floor * top).sqrt();
             let mut prices = prices.to_vec();
             prices[i] = Price { per_byte: f64::INFINITY, ceiling };
-            if best.offer(self.measure(price, &prices, &[], progress)?) {
+            if best.offer(self.measure(price, &prices, &[], best.limit, progress)?) {
                 floor = ceiling;
             } else {
                 top = ceiling;
@@ -186,7 +194,7 @@ impl<'a> Search<'a> {
         for &i in free {
             let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
             let prices = vec![Price { per_byte: price, ceiling: f64::INFINITY }; self.items.len()];
-            let trial = self.measure(price, &prices, &others, progress)?;
+            let trial = self.measure(price, &prices, &others, f64::INFINITY, progress)?;
             let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
             let measured = trial.difference.error.powi(2);
             if predicted > 0.0 && measured.is_finite() && measured > 0.0 {
@@ -202,6 +210,7 @@ impl<'a> Search<'a> {
         price: f64,
         prices: &[Price],
         left_out: &[usize],
+        limit: f64,
         progress: Progress<'_>,
     ) -> Result<Trial, ShrinkError> {
         self.tried += 1;
@@ -212,8 +221,20 @@ impl<'a> Search<'a> {
             let own = Price { per_byte: prices[i].per_byte / factor, ceiling: prices[i].ceiling / factor };
             outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, self.cx, own)?);
         }
-        let difference = self.reference.compare(&model)?;
+        let difference = self.difference(&model, limit)?;
         let bytes = Cost::bytes(&model);
         Ok(Trial { model, outcomes, price, difference, bytes, prices: prices.to_vec() })
+    }
+
+    /// How `model` differs from the reference; of an error above `limit` no more than that is known.
+    fn difference(&mut self, model: &Model, limit: f64) -> Result<Difference, ShrinkError> {
+        let key = xxh3_64(&model.encode());
+        let is_enough = |known: &&Difference| known.samples == self.reference.samples() || limit.is_finite();
+        if let Some(known) = self.seen.get(&key).filter(is_enough) {
+            return Ok(known.clone());
+        }
+        let difference = self.reference.compare_up_to(model, limit)?;
+        self.seen.insert(key, difference.clone());
+        Ok(difference)
     }
 }

@@ -62,6 +62,9 @@ pub struct Samples {
     pub random: bool,
     /// The shapes that they have.
     pub bound: Bound,
+    /// The shapes that half of them have where shapes are open and the values random: what holds at one shape alone is
+    /// not always so.
+    pub other: Option<Bound>,
     /// Why the model can't be run on them, if it can't.
     pub unrunnable: Option<String>,
     /// Arrays that name no input.
@@ -164,17 +167,24 @@ impl Samples {
             }
             let shape = |(slot, &open): (&Slot, &usize)| match split.get(&slot.name) {
                 Some(values) => values.first().map(|value| value.dims.clone()).unwrap_or_default(),
-                None => request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open)),
+                None => request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(1, open)),
             };
             let names = slots.iter().map(|slot| slot.name.clone());
             let bound: Bound = names.zip(slots.iter().zip(&sizes).map(shape)).collect();
-            let mut all = Vec::new();
-            let prepared = request.engine.check_memory(model, &bound, count).and_then(|()| {
-                all = Self::draw(&slots, request, &split, &bound, count);
-                request.engine.prepare(model, all.first().ok_or(Cannot::NoSamples)?)
-            });
-            let Err(why) = prepared else {
-                return Ok(Self { all, random: request.data.is_none(), bound, unrunnable: None, ignored });
+            let runs = |bound: &Bound| {
+                request.engine.check_memory(model, bound, count)?;
+                let one = Self::draw(&slots, request, &split, std::slice::from_ref(bound), 1);
+                request.engine.prepare(model, one.first().ok_or(Cannot::NoSamples)?)
+            };
+            let Err(why) = runs(&bound) else {
+                let other = if request.data.is_some() {
+                    None
+                } else {
+                    other_shapes(&slots, request, &sizes).into_iter().find(|bound| runs(bound).is_ok())
+                };
+                let bounds: Vec<_> = std::iter::once(bound.clone()).chain(other.clone()).collect();
+                let all = Self::draw(&slots, request, &split, &bounds, count);
+                return Ok(Self { all, random: request.data.is_none(), bound, other, unrunnable: None, ignored });
             };
             failures.push(why.to_string());
             if matches!(why, Cannot::Unsound { .. }) {
@@ -183,7 +193,7 @@ impl Samples {
         }
         let unrunnable = failures.into_iter().next();
         let bound = Self::likely_shapes(model, request);
-        Ok(Self { all: Vec::new(), random: true, bound, unrunnable, ignored })
+        Ok(Self { all: Vec::new(), random: true, bound, other: None, unrunnable, ignored })
     }
 
     /// Input shapes for a model that is not run: those of `request`, else open axes as large as lets shape inference see
@@ -191,7 +201,7 @@ impl Samples {
     #[must_use]
     pub fn likely_shapes(model: &Model, request: &Request) -> Bound {
         let slots = slots(&model.graph);
-        let shape = |slot: &Slot, open| request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(open));
+        let shape = |slot: &Slot, open| request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(1, open));
         let bound = |open: usize| slots.iter().map(|slot| (slot.name.clone(), shape(slot, open))).collect::<Bound>();
         let candidates = OPEN_AXES.iter().map(|&open| {
             let bound = bound(open);
@@ -221,26 +231,38 @@ impl Samples {
         self.all.iter().enumerate().filter(|(i, _)| belongs(*i)).map(|(_, sample)| sample.clone()).collect()
     }
 
+    /// Samples of the shapes of `bounds`, which take turns in pairs so that each part of the split has them all.
     fn draw(
         slots: &[Slot],
         request: &Request,
         given: &BTreeMap<String, Vec<Value>>,
-        bound: &Bound,
+        bounds: &[Bound],
         count: usize,
     ) -> Vec<Vec<Value>> {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
-        let mut one = |slot: &Slot, i: usize| match given.get(&slot.name) {
-            Some(values) => values[i].clone(),
-            None => slot.random(&bound[&slot.name], request.fixed.get(&slot.name).copied(), &mut random),
+        let mut one = |slot: &Slot, i: usize| {
+            if let Some(values) = given.get(&slot.name) {
+                return values[i].clone();
+            }
+            let dims = &bounds[i / 2 % bounds.len()][&slot.name];
+            slot.random(dims, request.fixed.get(&slot.name).copied(), &mut random)
         };
         (0..count).map(|i| slots.iter().map(|slot| one(slot, i)).collect()).collect()
     }
 }
 
 impl Slot {
-    fn shape(&self, open: usize) -> Vec<usize> {
+    fn shape(&self, batch: usize, open: usize) -> Vec<usize> {
         let dims = self.fact.dims.as_deref().unwrap_or_default();
-        dims.iter().enumerate().map(|(i, d)| d.unwrap_or(if self.batches.contains(&i) { 1 } else { open })).collect()
+        let extent =
+            |(i, d): (usize, &Option<usize>)| d.unwrap_or(if self.batches.contains(&i) { batch } else { open });
+        dims.iter().enumerate().map(extent).collect()
+    }
+
+    /// How many axes beyond the batch are open.
+    fn open_axes(&self) -> usize {
+        let dims = self.fact.dims.as_deref().unwrap_or_default();
+        dims.iter().enumerate().filter(|(i, d)| d.is_none() && !self.batches.contains(i)).count()
     }
 
     fn random(&self, dims: &[usize], fixed: Option<f64>, random: &mut impl Rng) -> Value {
@@ -273,12 +295,8 @@ fn slots(graph: &Graph) -> Vec<Slot> {
 
 /// Sizes of the open axes beyond the batch to try, one for each of `slots`: the same for all, then all mixtures.
 fn open_sizes(slots: &[Slot], request: &Request) -> Vec<Vec<usize>> {
-    let is_open = |slot: &Slot| {
-        let dims = slot.fact.dims.as_ref();
-        let open =
-            dims.is_none_or(|dims| dims.iter().enumerate().any(|(i, d)| d.is_none() && !slot.batches.contains(&i)));
-        open && !request.shapes.contains_key(&slot.name)
-    };
+    let is_open =
+        |slot: &Slot| (slot.fact.dims.is_none() || slot.open_axes() > 0) && !request.shapes.contains_key(&slot.name);
     let open: Vec<_> = (0..slots.len()).filter(|&i| is_open(&slots[i])).collect();
     if open.is_empty() {
         return vec![vec![1; slots.len()]];
@@ -296,6 +314,29 @@ fn open_sizes(slots: &[Slot], request: &Request) -> Vec<Vec<usize>> {
         }
     }
     tries
+}
+
+/// Shapes to try besides those of `sizes`: a batch of 2, and other sizes of open axes. One open axis doubles; where there
+/// are more, which multiply, they shrink.
+fn other_shapes(slots: &[Slot], request: &Request, sizes: &[usize]) -> Vec<Bound> {
+    let other = |size: usize, slot: &Slot| match slot.open_axes() {
+        0 => size,
+        1 => size * 2,
+        _ => (size * 3 / 4).next_multiple_of(32).min(size),
+    };
+    let bound = |batch: usize, grows: bool| -> Bound {
+        let shape = |(slot, &size): (&Slot, &usize)| {
+            let size = if grows { other(size, slot) } else { size };
+            let dims = request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(batch, size));
+            (slot.name.clone(), dims)
+        };
+        slots.iter().zip(sizes).map(shape).collect()
+    };
+    let main = bound(1, false);
+    let mut bounds: Vec<_> = [(2, true), (1, true), (2, false)].map(|(batch, grows)| bound(batch, grows)).into();
+    bounds.retain(|bound| *bound != main);
+    bounds.dedup();
+    bounds
 }
 
 /// The names of the open axes of an input; empty for the others.

@@ -1,5 +1,7 @@
 //! The error of an output, pooled over samples.
 
+use std::collections::BTreeMap;
+
 use super::engine::Value;
 
 /// Outputs whose spread is below this share of their size, or of one for each element, are not exercised by the inputs.
@@ -8,7 +10,8 @@ const FLAT: f64 = 1e-3;
 /// Sums over samples of one output of two models. The mean over samples is subtracted elementwise.
 #[derive(Clone, Debug, Default)]
 pub struct Pooled {
-    sum: Vec<f64>,
+    /// For each size of output, the sum over its samples and their count: outputs of one size have one mean.
+    sums: BTreeMap<usize, (Vec<f64>, usize)>,
     sum_of_squares: f64,
     difference: f64,
     elements: usize,
@@ -52,12 +55,10 @@ impl Pooled {
             self.rounding = f64::INFINITY;
             return;
         }
-        if self.sum.len() != y.len() {
-            // Outputs of varying size are pooled without a common mean.
-            self.sum = vec![0.0; y.len()];
-        }
+        let (sums, count) = self.sums.entry(y.len()).or_insert_with(|| (vec![0.0; y.len()], 0));
+        *count += 1;
         let (mut norm, mut difference) = (0.0, 0.0);
-        for ((sum, &a), &b) in self.sum.iter_mut().zip(y).zip(z).filter(|((_, a), _)| a.is_finite()) {
+        for ((sum, &a), &b) in sums.iter_mut().zip(y).zip(z).filter(|((_, a), _)| a.is_finite()) {
             *sum += a;
             norm += a * a;
             difference += (a - b) * (a - b);
@@ -85,10 +86,23 @@ impl Pooled {
         if self.discrete > 0 {
             return Some(self.unequal as f64 / self.discrete as f64);
         }
-        let mean_part = self.sum.iter().map(|s| s * s).sum::<f64>() / self.samples.max(1) as f64;
+        self.spread().map(|spread| self.difference.sqrt() / spread)
+    }
+
+    /// ‖Y−Ȳ‖ of a floating-point output; `None` where it is too small to judge by.
+    #[must_use]
+    pub fn spread(&self) -> Option<f64> {
+        let of_mean = |(sums, count): &(Vec<f64>, usize)| sums.iter().map(|s| s * s).sum::<f64>() / *count as f64;
+        let mean_part: f64 = self.sums.values().map(of_mean).sum();
         let spread = (self.sum_of_squares - mean_part).max(0.0).sqrt();
         let floor = (FLAT * self.sum_of_squares.sqrt()).max(FLAT * (self.elements as f64).sqrt());
-        (spread > floor).then(|| self.difference.sqrt() / spread)
+        (spread > floor).then_some(spread)
+    }
+
+    /// Whether the samples so far alone put the error of an output of this `spread` over all of them above `limit`.
+    #[must_use]
+    pub fn exceeds(&self, limit: f64, spread: Option<f64>) -> bool {
+        self.broken || spread.is_some_and(|spread| self.difference.sqrt() > limit * spread)
     }
 
     /// Whether a discrete output is the same for every sample.

@@ -229,7 +229,7 @@ fn compare_values(
     let (before, after) = (cut(a, &inputs_a, x)?, cut(b, &inputs_b, y)?);
     let at = |cannot: Cannot| region(cannot.to_string());
     let reference = Reference::new(engine, &model.with_graph(before), samples_a).map_err(at)?;
-    let found = reference.compare_on(&model.with_graph(after), &samples_b).map_err(at)?;
+    let found = reference.compare_on(&model.with_graph(after), &samples_b, f64::INFINITY).map_err(at)?;
     difference.rounding = super::max(difference.rounding, found.rounding);
     difference.error = super::max(difference.error, found.error);
     Ok(())
