@@ -154,16 +154,26 @@ impl Feeds {
     ///
     /// # Errors
     ///
-    /// When the engine can't be had.
-    pub fn request(&self) -> anyhow::Result<Request> {
+    /// When the engine can't be had, or an input is given twice.
+    pub fn request(&self) -> Result<Request, String> {
         let engine = match (self.engine, &self.onnxruntime_lib) {
             (EngineName::Tract, _) => Engine::default(),
-            (EngineName::Onnxruntime, Some(library)) => Engine::onnxruntime(library)?,
-            (EngineName::Onnxruntime, None) => anyhow::bail!(
-                "--engine onnxruntime needs the library: give it with --onnxruntime-lib or ORT_DYLIB_PATH; \
-                 the Python package keeps it as onnxruntime/capi/libonnxruntime.so.*"
-            ),
+            (EngineName::Onnxruntime, Some(library)) => Engine::onnxruntime(library).map_err(|error| {
+                format!("{}: is no library of ONNX Runtime 1.17 or newer: {error}", library.display())
+            })?,
+            (EngineName::Onnxruntime, None) => {
+                return Err(
+                    "--engine onnxruntime needs the library: give it with --onnxruntime-lib or ORT_DYLIB_PATH; \
+                     the Python package keeps it as onnxruntime/capi/libonnxruntime.so.*"
+                        .to_owned(),
+                );
+            }
         };
+        let names = self.inputs.iter().map(|(name, _)| name).collect::<Vec<_>>();
+        if let Some(name) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)).map(|(_, name)| name)
+        {
+            return Err(format!("--input gives `{name}` twice"));
+        }
         Ok(Request {
             data: self.data.clone(),
             fixed: self.inputs.iter().cloned().collect(),

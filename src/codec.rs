@@ -68,6 +68,9 @@ pub enum CodecError {
     /// The caller gave up before the file was whole.
     #[error("interrupted; nothing was written")]
     Interrupted,
+    /// A stream is to hold what takes several files.
+    #[error("the model keeps data in other files, which a stream can't hold; give a path to write to")]
+    NeedsFiles,
     /// There is nothing in the file.
     #[error("the file is empty; export or download it again")]
     Empty,
@@ -151,6 +154,24 @@ impl Model {
         self.to_proto().encode_to_vec()
     }
 
+    /// The bytes that were read, if nobody edited the model since and they are all of it.
+    pub(crate) fn original(&self) -> Option<&Bytes> {
+        let whole = self.graph.edits() == 0 && self.source.external.is_empty() && !self.source.bytes.is_empty();
+        whole.then_some(&self.source.bytes)
+    }
+
+    /// The whole model as one sequence of bytes.
+    ///
+    /// # Errors
+    ///
+    /// When it keeps data in other files, which a stream can't hold.
+    pub fn to_stream(&self) -> Result<Bytes, CodecError> {
+        if !self.source.external.is_empty() {
+            return Err(CodecError::NeedsFiles);
+        }
+        Ok(self.original().cloned().unwrap_or_else(|| self.encode().into()))
+    }
+
     /// A model of `graph`, a segment of this one's, over the same operator sets and functions.
     pub(crate) fn with_graph(&self, graph: Graph) -> Self {
         let rest = ModelProto { training_info: Vec::new(), ..self.rest.clone() };
@@ -178,11 +199,5 @@ impl Model {
     /// The operator sets that the model imports: domain (empty for the standard one) and version.
     pub fn opsets(&self) -> impl Iterator<Item = (&str, i64)> {
         self.rest.opset_import.iter().map(|set| (set.domain(), set.version()))
-    }
-
-    /// Whether the model defines operators of its own.
-    #[must_use]
-    pub fn has_functions(&self) -> bool {
-        !self.rest.functions.is_empty()
     }
 }

@@ -39,7 +39,7 @@ impl<'a> Call<'a> {
 /// `axis` of a tensor of `rank` axes, counted from the front.
 #[must_use]
 pub fn axis(axis: i64, rank: usize) -> Option<usize> {
-    let axis = if axis < 0 { axis + rank as i64 } else { axis };
+    let axis = if axis < 0 { axis.checked_add(rank as i64)? } else { axis };
     usize::try_from(axis).ok().filter(|&axis| axis < rank)
 }
 
@@ -56,6 +56,14 @@ pub fn broadcast(a: &[usize], b: &[usize]) -> Option<Vec<usize>> {
             _ => None,
         })
         .collect()
+}
+
+/// Constants of more elements than this are not computed.
+const MAX_ELEMENTS: usize = 1 << 24;
+
+/// The elements of a result of shape `dims`, unless they are too many to be a constant.
+fn element_count(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_ELEMENTS)
 }
 
 /// The strides with which a tensor of shape `dims` is read as one of shape `target`.

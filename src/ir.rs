@@ -47,6 +47,8 @@ pub struct Graph {
     names: HashSet<String>,
     /// The version of the standard operator set that the model imports.
     opset: i64,
+    /// Names that training information mentions.
+    pub(crate) trained: HashSet<String>,
     /// Declared types of values, in file order; one of a value that is gone is not written.
     pub(crate) value_info: Vec<ValueInfoProto>,
     /// The rest of the message: name, doc string, annotations, metadata.
@@ -150,12 +152,6 @@ impl Graph {
     #[must_use]
     pub fn opset(&self) -> i64 {
         self.opset
-    }
-
-    /// The name of the graph.
-    #[must_use]
-    pub fn title(&self) -> &str {
-        self.rest.name()
     }
 
     /// The declared inputs, constants with a default value included.
@@ -321,10 +317,13 @@ impl Graph {
         outlets.map(|value| (self.name(value), value)).filter(|(name, _)| !name.is_empty()).collect()
     }
 
-    /// Whether annotations of the model mention `value` by name, so that it must keep it.
+    /// Whether annotations or training information mention `value` by name, so that it must stay what it is.
     #[must_use]
     pub fn is_pinned(&self, value: Outlet) -> bool {
         let name = self.name(value);
+        if self.trained.contains(name) {
+            return true;
+        }
         self.rest.quantization_annotation.iter().any(|annotation| {
             annotation.tensor_name() == name
                 || annotation.quant_parameter_tensor_names.iter().any(|entry| entry.value() == name)

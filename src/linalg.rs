@@ -77,11 +77,20 @@ impl Spectrum {
         (self.total - self.energies.iter().take(rank).sum::<f64>()).max(0.0)
     }
 
-    /// The factors of the best approximation of `matrix` of rank `rank`: rows × rank and rank × columns.
+    /// The factors of the best approximation of `matrix` of rank `rank`: rows × rank and rank × columns. Each direction has
+    /// the same norm in both, the square root of its singular value, so that either factor by itself says how much it
+    /// matters; a direction without energy is zero in both.
     #[must_use]
     pub fn factors(&self, matrix: &DMatrix<f64>, rank: usize) -> (DMatrix<f64>, DMatrix<f64>) {
-        let left = self.basis.columns(0, rank).into_owned();
-        let right = owned((view(&left).transpose() * view(matrix)).as_ref());
+        let mut left = self.basis.columns(0, rank).into_owned();
+        let mut right = owned((view(&left).transpose() * view(matrix)).as_ref());
+        let floor = self.total.sqrt() * f64::EPSILON;
+        for k in 0..rank {
+            let singular_value = right.row(k).norm();
+            let share = if singular_value > floor { singular_value.sqrt() } else { 0.0 };
+            left.column_mut(k).scale_mut(share);
+            right.row_mut(k).scale_mut(if share > 0.0 { share.recip() } else { 0.0 });
+        }
         (left, right)
     }
 }

@@ -24,7 +24,10 @@ use onnx_shrink::{
     pipeline,
     shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
     text,
-    verify::{Cannot, Reference, Samples, Split, catches_panics},
+    verify::{
+        Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, catches_panics,
+        compare_regions,
+    },
 };
 
 /// Exit codes of the command.
@@ -80,10 +83,28 @@ fn main() -> ExitCode {
         }
         eprintln!("error: {}", chain(&error));
         let not_verified = error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_verification)
-            || error.downcast_ref::<Cannot>().is_some();
-        ExitCode::from(if not_verified { exit::NOT_VERIFIED } else { exit::FAILED })
+            || error.downcast_ref::<Cannot>().is_some()
+            || error.downcast_ref::<Refused>().is_some();
+        let usage = error.downcast_ref::<Usage>().is_some()
+            || error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_usage)
+            || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage);
+        ExitCode::from(match () {
+            () if usage => exit::USAGE,
+            () if not_verified => exit::NOT_VERIFIED,
+            () => exit::FAILED,
+        })
     })
 }
+
+/// The command line asks for what can't be done.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// `verify` found that two models are not the same.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refused(String);
 
 /// The messages of an error and its causes; one that repeats its cause is left out.
 fn chain(error: &anyhow::Error) -> String {
@@ -98,18 +119,11 @@ fn chain(error: &anyhow::Error) -> String {
 
 /// The main job.
 fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
-    let items = match pipeline::parse(&options.passes) {
-        Ok(items) => items,
-        Err(error) => {
-            eprintln!("error: --passes: {error}");
-            return Ok(ExitCode::from(exit::USAGE));
-        }
-    };
-    let mut keep = globset::GlobSetBuilder::new();
-    for glob in &options.keep {
-        keep.add(globset::Glob::new(glob).context("--keep")?);
-    }
+    let items = pipeline::parse(&options.passes).map_err(|error| Usage(format!("--passes: {error}")))?;
+    let glob = |glob: &String| globset::Glob::new(glob).map_err(|error| Usage(format!("--keep: {error}")));
+    let keep = options.keep.iter().map(glob).collect::<Result<_, _>>()?;
     let Some(input) = &options.input else { bail!("IN is missing; see --help") };
+    check_targets(options, input)?;
     let model = read(input)?;
     if model.unknown_bytes() > 0 {
         let lost = format!("{} bytes of the file are in fields that this program does not know", model.unknown_bytes());
@@ -120,10 +134,10 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     }
     let job = Job {
         items,
-        request: options.feeds.request()?,
+        request: request(&options.feeds)?,
         max_error: options.max_error,
         max_flips: options.max_flips,
-        keep: keep.build().context("--keep")?,
+        keep,
         keep_initializer_inputs: options.keep_initializer_inputs,
         verify: !options.no_verify,
     };
@@ -143,6 +157,9 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     if larger {
         report.after = report.before.clone();
     }
+    if result.graph.edits() == model.graph.edits() && !larger {
+        report.notes.push("nothing was changed: the result is the input, byte for byte".to_owned());
+    }
     if !options.quiet {
         eprint!("{}", table(&report, options.verbose));
     }
@@ -155,6 +172,33 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What runs the model, or why it can't be had.
+fn request(feeds: &Feeds) -> anyhow::Result<Request> {
+    feeds.request().map_err(|error| Usage(error).into())
+}
+
+/// Checks where results go before any work is done.
+fn check_targets(options: &Shrink, input: &Path) -> anyhow::Result<()> {
+    let same = |a: &Path, b: &Path| a == b || a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok());
+    let output = options.output.as_deref().filter(|_| !options.dry_run);
+    if let Some(report) = &options.report {
+        let taken = [(Some(input), "IN"), (output, "OUT")];
+        if let Some((_, which)) = taken.iter().find(|(path, _)| path.is_some_and(|path| same(path, report))) {
+            return Err(Usage(format!("--report: {} is {which} already; name another file", report.display())).into());
+        }
+    }
+    for path in output.into_iter().chain(options.report.as_deref()).filter(|path| path.as_os_str() != "-") {
+        if path.is_dir() {
+            bail!("{}: it is a folder; name a file in it", path.display());
+        }
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !folder.is_dir() {
+            bail!("{}: there is no folder {}; make it first", path.display(), folder.display());
+        }
+    }
+    Ok(())
 }
 
 fn progress(quiet: bool) -> ProgressBar {
@@ -175,12 +219,16 @@ fn read(path: &Path) -> anyhow::Result<Model> {
         io::stdin().read_to_end(&mut bytes).context("standard input cannot be read")?;
         return Model::decode(bytes.into(), None).context("standard input");
     }
-    Model::open(path).with_context(|| path.display().to_string())
+    Model::open(path).map_err(|error| match error {
+        // It names the file itself.
+        CodecError::Io { .. } => error.into(),
+        error => anyhow::Error::from(error).context(path.display().to_string()),
+    })
 }
 
 fn write(model: &Model, path: &Path, cancelled: &AtomicBool) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
-        return io::stdout().write_all(&model.encode()).context("standard output cannot be written");
+        return io::stdout().write_all(&model.to_stream()?).context("standard output cannot be written");
     }
     save(model, path, cancelled)?;
     Ok(())
@@ -191,7 +239,7 @@ fn table(report: &Report, verbose: bool) -> String {
     use std::fmt::Write as _;
     let mut text = report.before.compared_to(&report.after);
     if !report.passes.is_empty() {
-        let _ = writeln!(text, "\npass                    bytes  what it did");
+        let _ = writeln!(text, "\n{:<26} {:>14}  what it did", "pass", "bytes");
     }
     for outcome in &report.passes {
         let _ = writeln!(text, "{outcome}");
@@ -204,13 +252,14 @@ fn table(report: &Report, verbose: bool) -> String {
     }
     if let Some(difference) = &report.difference {
         let inputs = if report.random_inputs { "random inputs" } else { "samples" };
-        let _ = write!(text, "\nerror {:.2e} on {} {inputs} not seen before", difference.error, difference.samples);
+        let _ =
+            write!(text, "\nerror {:.2e} on {} {inputs} that nothing else saw", difference.error, difference.samples);
         if let Some(budget) = report.budget {
             let _ = write!(text, ", budget {budget}");
         }
         let _ = writeln!(text, "; top class changed on {:.1} %", difference.flips * 100.0);
         for name in &difference.unexercised {
-            let _ = writeln!(text, "note: output `{name}` hardly varies over these inputs, so it was not judged");
+            let _ = writeln!(text, "note: output `{name}` hardly varies over these inputs: it was held to its value");
         }
     }
     for note in &report.notes {
@@ -221,7 +270,7 @@ fn table(report: &Report, verbose: bool) -> String {
 
 fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
     let model = read(path)?;
-    let cost = Cost::of(&model, &std::collections::BTreeMap::new());
+    let cost = Cost::of(&model, &Samples::likely_shapes(&model, &Request::default()));
     println!("nodes      {}", cost.node_count());
     for (op, count) in &cost.nodes {
         println!("  {op} {count}");
@@ -239,21 +288,30 @@ fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
 
 fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::Result<ExitCode> {
     let (first, second) = (read(a)?, read(b)?);
-    let request = feeds.request()?;
+    let request = request(feeds)?;
     let samples = Samples::gather(&first, &request)?;
-    if let Some(why) = samples.unrunnable {
-        return Err(ShrinkError::Unrunnable(why).into());
-    }
-    let inputs = [Split::Fit, Split::Search, Split::Last].into_iter().flat_map(|part| samples.part(part)).collect();
-    let difference = Reference::before_squashing(&request.engine, &first, inputs)?.compare(&second)?;
+    let (difference, budget) = if samples.unrunnable.is_none() {
+        let inputs = [Split::Fit, Split::Search, Split::Last].into_iter().flat_map(|part| samples.part(part));
+        let reference = Reference::before_squashing(&request.engine, &first, inputs.collect())?;
+        if reference.is_flat() {
+            return Err(
+                Refused("no output of A varies over the samples; give real inputs with --data".to_owned()).into()
+            );
+        }
+        (reference.compare(&second)?, if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA })
+    } else {
+        // Region by region, only rounding can be proven.
+        let difference = compare_regions(&request.engine, &first, &second, &samples.bound)?;
+        (Difference { error: difference.rounding, ..difference }, ROUNDING_BUDGET)
+    };
     println!("{}", serde_json::to_string_pretty(&difference)?);
-    let budget = max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
+    let budget = max_error.unwrap_or(budget);
     // Written so that NaN fails.
     if difference.error <= budget {
-        Ok(ExitCode::SUCCESS)
-    } else {
-        Err(ShrinkError::Differs { found: difference.error, budget }.into())
+        return Ok(ExitCode::SUCCESS);
     }
+    Err(Refused(format!("B computes something else: error {:.2e} where {budget:.2e} is allowed", difference.error))
+        .into())
 }
 
 fn diff(a: &Path, b: &Path) -> ExitCode {
@@ -276,6 +334,10 @@ fn explain(name: Option<&str>) -> anyhow::Result<ExitCode> {
             print!("{}", pass.help());
             Ok(ExitCode::SUCCESS)
         }
-        None => bail!("there is no pass `{name}`; `onnx-shrink passes` lists them"),
+        None if name == pipeline::SIMPLIFY => {
+            println!("simplify\n\nThe preset of all exact and rounding passes, run until none finds work.");
+            Ok(ExitCode::SUCCESS)
+        }
+        None => Err(Usage(format!("there is no pass `{name}`; `onnx-shrink passes` lists them")).into()),
     }
 }

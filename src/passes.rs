@@ -32,7 +32,12 @@ pub fn find(name: &str) -> Option<&'static PassInfo> {
 /// An option that is a share.
 fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("a number between 0 and 1 is wanted".to_owned()),
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("a number above 0 and at most 1 is wanted".to_owned()),
     }
+}
+
+/// An option that is a count.
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "a whole number above 0 is wanted".to_owned())
 }

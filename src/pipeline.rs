@@ -56,6 +56,12 @@ pub enum ParseError {
     /// A preset does not take options.
     #[error("`{0}` takes no options")]
     Preset(String),
+    /// A comma too many, or nothing at all.
+    #[error("a name is missing; write for instance `svd,prune`, or `none` for no pass")]
+    Missing,
+    /// Nothing beside something.
+    #[error("`none` stands alone")]
+    NotAlone,
 }
 
 /// Parses `NAME[:KEY=VALUE]…,NAME…`. A list of lossy passes only becomes `simplify,LIST,simplify`.
@@ -65,7 +71,14 @@ pub enum ParseError {
 /// When a pass is unknown or its options are wrong.
 pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
     let mut items = Vec::new();
-    for spelling in list.split(',').map(str::trim).filter(|s| !s.is_empty()) {
+    let spellings: Vec<_> = list.split(',').map(str::trim).collect();
+    if spellings.iter().any(|spelling| spelling.is_empty()) {
+        return Err(ParseError::Missing);
+    }
+    if spellings.len() > 1 && spellings.contains(&NONE) {
+        return Err(ParseError::NotAlone);
+    }
+    for spelling in spellings {
         let mut parts = spelling.split(':');
         let name = parts.next().unwrap_or_default();
         let options: Vec<_> = parts.collect();
@@ -153,7 +166,12 @@ pub fn transact(name: &str, pass: &dyn Pass, graph: &mut Graph, cx: &mut Context
 /// # Errors
 ///
 /// See [`transact`].
-pub fn run(items: &[Item], model: &mut Model, cx: &mut Context, price: Price) -> Result<Vec<Outcome>, PipelineError> {
+pub fn run<'a>(
+    items: impl IntoIterator<Item = &'a Item>,
+    model: &mut Model,
+    cx: &mut Context,
+    price: Price,
+) -> Result<Vec<Outcome>, PipelineError> {
     let mut outcomes = Vec::new();
     let mut bytes = Cost::bytes(model);
     for item in items {
@@ -231,7 +249,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let did: Vec<_> = self.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
         let did = if did.is_empty() { "nothing to do".to_owned() } else { did.join(", ") };
-        write!(f, "{:<16} {:>12}  {did}", self.pass, -self.bytes_removed)
+        write!(f, "{:<26} {:>+14}  {did}", self.pass, -self.bytes_removed)
     }
 }
 
@@ -258,6 +276,8 @@ mod tests {
     fn mistakes_are_named() {
         assert!(parse("svd:rnk=8").unwrap_err().to_string().contains("--rnk"));
         assert!(parse("sdv").unwrap_err().to_string().contains("no pass `sdv`"));
-        assert!(parse("svd:energy=2").unwrap_err().to_string().contains("between 0 and 1"));
+        assert!(parse("svd:energy=2").unwrap_err().to_string().contains("at most 1"));
+        assert!(parse("svd,,prune").unwrap_err().to_string().contains("missing"));
+        assert!(parse("none,svd").unwrap_err().to_string().contains("alone"));
     }
 }

@@ -1,13 +1,15 @@
 //! The main job: run the passes, find how much the budget allows, and prove the result before anybody writes it.
 
+mod lossy;
 mod search;
 
 use serde::Serialize;
 
-use self::search::{Search, is_free};
+use self::{lossy::Lossy, search::is_free};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
+    ir::Graph,
     pass::{Context, Fidelity, Price},
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
@@ -18,11 +20,6 @@ pub const BUDGET_WITH_DATA: f64 = 0.05;
 /// The default budget on random inputs, which are harsher: what a net does with noise depends on directions that real
 /// inputs do not use.
 pub const BUDGET_ON_RANDOM: f64 = 0.10;
-/// The search aims this far below the budget, since its samples are not those of the final word.
-const MARGIN: f64 = 0.9;
-/// After a final word above the budget, the search starts over that much lower, at most so many times.
-const RETRIES: usize = 4;
-
 /// What a person asked for.
 #[derive(Debug)]
 pub struct Job {
@@ -35,7 +32,7 @@ pub struct Job {
     /// The largest share of samples whose top class may change.
     pub max_flips: Option<f64>,
     /// Layers that lossy passes leave alone.
-    pub keep: globset::GlobSet,
+    pub keep: Vec<globset::Glob>,
     /// Constants listed as inputs stay listed.
     pub keep_initializer_inputs: bool,
     /// Whether the result is checked.
@@ -73,17 +70,37 @@ pub enum ShrinkError {
     #[error(transparent)]
     Data(#[from] DataError),
     /// The model can't be run.
-    #[error("could not verify; use --no-verify to write the result anyway")]
+    #[error("could not verify; {HINT}")]
     Cannot(#[from] Cannot),
     /// The model can't be run, for a reason found while the samples were made.
-    #[error("could not verify: {0}; use --no-verify to write the result anyway")]
+    #[error("could not verify: {0}; {HINT}")]
     Unrunnable(String),
     /// The inputs do not exercise any output.
     #[error(
-        "could not verify: no output varies over the samples, so that any error would go unseen; \
-         give real inputs with --data, or use --no-verify to write the result anyway"
+        "could not verify: no output varies over the samples, or what varies is not a number, so that any error would go \
+         unseen; give real inputs with --data, look for NaN in the weights, or use --no-verify to write the result anyway"
     )]
     Flat,
+    /// The top class changes too often.
+    #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
+    Flips {
+        /// The share that was measured.
+        found: f64,
+        /// The share that is allowed.
+        budget: f64,
+    },
+    /// Flips are limited, but nothing looks like class scores.
+    #[error("--max-flips: no output looks like class scores, rows of several numbers; leave it out")]
+    NoClasses,
+    /// The budget is to drive a pass, but nothing is measured.
+    #[error(
+        "--no-verify: how much `{0}` may do is found by measuring; give it an option that fixes its strength \
+         (`onnx-shrink passes {0}`), or leave out --no-verify"
+    )]
+    Unmeasured(String),
+    /// A glob names nothing.
+    #[error("--keep: `{0}` matches no node and no weight")]
+    KeepsNothing(String),
     /// The result computes something else.
     #[error(
         "the result is not what the input computes: error {found:.2e} where {budget:.2e} is allowed; nothing was written"
@@ -96,11 +113,24 @@ pub enum ShrinkError {
     },
 }
 
+/// What helps when a model can't be run.
+const HINT: &str = "--engine onnxruntime runs more models, and --no-verify writes the result anyway";
+
 impl ShrinkError {
+    /// Whether the job asks for what can't be done.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Unmeasured(_) | Self::KeepsNothing(_) | Self::NoClasses => true,
+            Self::Data(error) => error.is_usage(),
+            _ => false,
+        }
+    }
+
     /// Whether the result failed its check or could not be checked, in contrast to not coming about.
     #[must_use]
     pub fn is_verification(&self) -> bool {
-        !matches!(self, Self::Pipeline(_) | Self::Data(_))
+        matches!(self, Self::Cannot(_) | Self::Unrunnable(_) | Self::Flat | Self::Differs { .. } | Self::Flips { .. })
     }
 }
 
@@ -112,9 +142,13 @@ impl ShrinkError {
 pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Result<(Model, Report), ShrinkError> {
     let mut report = Report::default();
     let lossy = job.items.iter().any(|item| fidelity(item) == Fidelity::Lossy);
+    if let (false, Some(Item::Pass(step))) = (job.verify, job.items.iter().find(|item| is_free(item))) {
+        return Err(ShrinkError::Unmeasured(step.info.name.to_owned()));
+    }
+    let keep = keep(model, &job.keep)?;
     progress("preparing samples");
     let samples = if job.verify { Some(Samples::gather(model, &job.request)?) } else { None };
-    let mut cx = Context { keep: job.keep.clone(), ..Context::default() };
+    let mut cx = Context { keep, ..Context::default() };
     if samples.is_none() {
         cx.bound = Samples::likely_shapes(model, &job.request);
     }
@@ -122,6 +156,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         cx.bound.clone_from(&samples.bound);
         report.random_inputs = samples.random;
         report.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
+        report.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
         report.notes.extend(chosen_shapes(samples));
     }
     report.before = Cost::of(model, &cx.bound);
@@ -136,7 +171,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         }
     }
     let result = match samples {
-        Some(samples) if lossy => within_budget(model, &base, job, samples, &mut cx, &mut report, progress)?,
+        Some(samples) if lossy => Lossy::new(model, &base, job, &samples, &mut report, progress)?.run(&mut cx)?,
         samples => {
             progress("running passes");
             let mut result = base;
@@ -155,6 +190,27 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     Ok((result, report))
 }
 
+/// The set of `globs`, each of which must match something.
+fn keep(model: &Model, globs: &[globset::Glob]) -> Result<globset::GlobSet, ShrinkError> {
+    fn names(graph: &Graph) -> Vec<String> {
+        let own = graph.node_ids().flat_map(|id| [graph.label(id).to_owned(), graph.name(id.out()).to_owned()]);
+        own.chain(graph.bodies().flat_map(|(_, body)| names(&body.graph))).collect()
+    }
+    let names = names(&model.graph);
+    for glob in globs {
+        let matcher = glob.compile_matcher();
+        if !names.iter().any(|name| matcher.is_match(name)) {
+            return Err(ShrinkError::KeepsNothing(glob.glob().to_owned()));
+        }
+    }
+    let mut set = globset::GlobSetBuilder::new();
+    for glob in globs {
+        set.add(glob.clone());
+    }
+    // Each of them is valid; only all of them together could be too large.
+    Ok(set.build().unwrap_or_default())
+}
+
 /// Which shapes were taken for open axes.
 fn chosen_shapes(samples: &Samples) -> Option<String> {
     let other = samples.other.as_ref()?;
@@ -171,82 +227,17 @@ fn fidelity(item: &Item) -> Fidelity {
     }
 }
 
+/// Whether an error is inside a budget; NaN never is.
+fn within(found: f64, budget: f64) -> Result<(), ShrinkError> {
+    if found <= budget { Ok(()) } else { Err(ShrinkError::Differs { found, budget }) }
+}
+
 /// Checks that only rounding differs.
 fn prove_same(model: &Model, result: &Model, job: &Job, samples: &Samples) -> Result<Difference, ShrinkError> {
     let difference = match &samples.unrunnable {
         None => Reference::new(&job.request.engine, model, samples.part(Split::Last))?.compare(result)?,
         Some(_) => compare_regions(&job.request.engine, model, result, &samples.bound)?,
     };
-    // Written so that NaN fails.
-    if difference.rounding <= ROUNDING_BUDGET {
-        Ok(difference)
-    } else {
-        Err(ShrinkError::Differs { found: difference.rounding, budget: ROUNDING_BUDGET })
-    }
-}
-
-/// Runs a pipeline with lossy passes as far as the budget allows.
-fn within_budget(
-    model: &Model,
-    base: &Model,
-    job: &Job,
-    samples: Samples,
-    cx: &mut Context,
-    report: &mut Report,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Model, ShrinkError> {
-    if let Some(why) = samples.unrunnable {
-        return Err(ShrinkError::Unrunnable(why));
-    }
-    let budget = job.max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
-    report.budget = Some(budget);
-    if samples.random {
-        report.notes.push(
-            "the inputs were random, since no --data was given: they are harsher than real ones and show less; \
-             give a few hundred real samples for a smaller file and an error that means something"
-                .to_owned(),
-        );
-    }
-    progress("running the original");
-    let reference = Reference::before_squashing(&job.request.engine, model, samples.part(Split::Search))?;
-    let last = Reference::before_squashing(&job.request.engine, model, samples.part(Split::Last))?;
-    if reference.is_flat() || last.is_flat() {
-        return Err(ShrinkError::Flat);
-    }
-    let free = job.items.iter().any(is_free);
-    let allowed = |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
-    let mut aim = budget * MARGIN;
-    let mut search = Search::new(base, &job.items, cx, &reference)?;
-    for _ in 0..RETRIES {
-        let found = if free { search.best(&|d| allowed(d, aim), budget, progress)? } else { Some(search.fixed()?) };
-        let Some(trial) = found else { break };
-        progress("verifying on samples not seen before");
-        let difference = last.compare(&trial.model)?;
-        if allowed(&difference, budget) || !free && job.max_error.is_none() && job.max_flips.is_none() {
-            if difference.error > budget {
-                report.notes.push(format!("the strengths given lead past the default budget of {budget}"));
-            }
-            report.price = free.then_some(trial.price);
-            (report.passes, report.difference) = (trial.outcomes, Some(difference));
-            return Ok(trial.model);
-        }
-        if !free {
-            return Err(ShrinkError::Differs { found: difference.error, budget });
-        }
-        report.notes.push(format!(
-            "samples not seen before gave an error of {:.4}, above {budget}; searched again, further below",
-            difference.error
-        ));
-        aim *= 0.8 * (budget / difference.error).min(1.0);
-    }
-    report.notes.push(format!("nothing could be removed within an error of {budget}: only exact rewrites were made"));
-    let exact: Vec<Item> = vec![Item::Simplify];
-    let mut result = base.clone();
-    report.passes = pipeline::run(&exact, &mut result, cx, Price::default())?;
-    let difference = last.compare(&result)?;
-    if difference.rounding > ROUNDING_BUDGET || difference.rounding.is_nan() {
-        return Err(ShrinkError::Differs { found: difference.rounding, budget: ROUNDING_BUDGET });
-    }
-    report.difference = Some(difference);
-    Ok(result)
+    within(difference.rounding, ROUNDING_BUDGET)?;
+    Ok(difference)
 }

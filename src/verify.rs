@@ -25,13 +25,16 @@ pub const ROUNDING_BUDGET: f64 = 1e-4;
 /// How two models differ on some samples.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Difference {
-    /// The largest error over outputs: ‖Y−Y'‖ / ‖Y−Ȳ‖, pooled over the samples; 1 for a constant function.
+    /// The largest error over outputs: ‖Y−Y'‖ / ‖Y−Ȳ‖, pooled over the samples; 1 for a constant function. Where an output
+    /// hardly varies, 10⁻³ of its size stands in for ‖Y−Ȳ‖.
     pub error: f64,
     /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) over outputs and samples.
     pub rounding: f64,
     /// The share of samples whose largest class score moved, over the outputs that look like class scores.
     pub flips: f64,
-    /// Outputs that these inputs do not exercise, so that their error says nothing.
+    /// Whether any output looks like class scores.
+    pub classifies: bool,
+    /// Outputs that these inputs hardly vary: they must nearly keep their values.
     pub unexercised: Vec<String>,
     /// How many samples were compared.
     pub samples: usize,
@@ -63,13 +66,15 @@ impl<'a> Runners<'a> {
 #[derive(Debug)]
 pub struct Reference {
     engine: Engine,
+    /// The names of the inputs that are fed.
+    fed: Vec<String>,
     inputs: Vec<Vec<Value>>,
     outputs: Vec<Vec<Value>>,
     names: Vec<String>,
     /// Outputs that hardly vary, which are also judged before the operator that squashes them.
     flat: Vec<String>,
-    /// What the error of each output is relative to, where it is a floating-point one that varies.
-    spreads: Vec<Option<f64>>,
+    /// What the error of each floating-point output is relative to.
+    scales: Vec<f64>,
 }
 
 /// Operators whose result may stand still while what goes in varies.
@@ -117,10 +122,11 @@ impl Reference {
         }
         let mut runners = Runners::new(engine, model);
         let outputs = inputs.iter().map(|sample| runners.run(sample)).collect::<Result<_, _>>()?;
-        let names = model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
-        let reference = Self { engine: engine.clone(), inputs, outputs, names, flat: Vec::new(), spreads: Vec::new() };
-        let spreads = reference.pools().iter().map(Pooled::spread).collect();
-        Ok(Self { spreads, ..reference })
+        let (fed, names) = (input_names(model), output_names(model));
+        let engine = engine.clone();
+        let reference = Self { engine, fed, inputs, outputs, names, flat: Vec::new(), scales: Vec::new() };
+        let scales = reference.pools().iter().map(Pooled::scale).collect();
+        Ok(Self { scales, ..reference })
     }
 
     /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
@@ -144,7 +150,7 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn compare(&self, model: &Model) -> Result<Difference, Cannot> {
-        self.compare_on(model, &self.inputs, f64::INFINITY)
+        self.compare_up_to(model, f64::INFINITY)
     }
 
     /// As [`compare`](Self::compare), but gives up once the error is certain to be above `limit`: then it has seen fewer
@@ -154,7 +160,17 @@ impl Reference {
     ///
     /// When the engine can't run the model.
     pub fn compare_up_to(&self, model: &Model, limit: f64) -> Result<Difference, Cannot> {
-        self.compare_on(model, &self.inputs, limit)
+        let names = input_names(model);
+        if names == self.fed {
+            return self.compare_on(model, &self.inputs, limit);
+        }
+        // Inputs are known by their names, not by their places.
+        let place = |name: &String| {
+            self.fed.iter().position(|fed| fed == name).ok_or_else(|| Cannot::ForeignInput(name.clone()))
+        };
+        let places = names.iter().map(place).collect::<Result<Vec<_>, _>>()?;
+        let pick = |sample: &Vec<Value>| places.iter().map(|&i| sample[i].clone()).collect();
+        self.compare_on(model, &self.inputs.iter().map(pick).collect::<Vec<_>>(), limit)
     }
 
     /// How many samples there are.
@@ -176,37 +192,41 @@ impl Reference {
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
     fn compare_on(&self, model: &Model, inputs: &[Vec<Value>], limit: f64) -> Result<Difference, Cannot> {
         let model = with_logits(model, &self.flat);
-        let mut runners = Runners::new(&self.engine, &model);
         let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
+        // An output that is missing or one too many is no match, whatever the others are.
+        let found = output_names(&model);
+        let places = self.names.iter().map(|name| found.iter().position(|found| found == name));
+        let places = if found.len() == 1 && self.names.len() == 1 { Some(vec![0]) } else { places.collect() };
+        let Some(places) = places.filter(|_| found.len() == self.names.len()) else {
+            return Ok(Difference {
+                error: f64::INFINITY,
+                rounding: f64::INFINITY,
+                flips: 1.0,
+                ..Difference::default()
+            });
+        };
+        let mut runners = Runners::new(&self.engine, &model);
         let mut samples = 0;
         for (sample, wanted) in inputs.iter().zip(&self.outputs) {
             let found = runners.run(sample)?;
-            // An output that is missing or one too many is no match, whatever the others are.
-            if found.len() != wanted.len() {
-                return Ok(Difference {
-                    error: f64::INFINITY,
-                    rounding: f64::INFINITY,
-                    flips: 1.0,
-                    ..Difference::default()
-                });
-            }
-            for ((pool, wanted), found) in pools.iter_mut().zip(wanted).zip(&found) {
-                pool.add(wanted, found);
+            for ((pool, wanted), &place) in pools.iter_mut().zip(wanted).zip(&places) {
+                pool.add(wanted, &found[place]);
             }
             samples += 1;
-            if pools.iter().zip(&self.spreads).any(|(pool, &spread)| pool.exceeds(limit, spread)) {
+            if pools.iter().zip(&self.scales).any(|(pool, &scale)| pool.exceeds(limit, scale)) {
                 break;
             }
         }
         let mut difference = Difference { samples, ..Difference::default() };
-        for ((pool, name), &spread) in pools.iter().zip(&self.names).zip(&self.spreads) {
+        for ((pool, name), &scale) in pools.iter().zip(&self.names).zip(&self.scales) {
             difference.rounding = max(difference.rounding, pool.rounding);
             difference.flips = max(difference.flips, pool.flips());
-            // Of fewer samples than all, the spread is not the one that counts.
-            let error = if pool.exceeds(limit, spread) { Some(f64::INFINITY) } else { pool.error() };
-            match error {
-                Some(error) => difference.error = max(difference.error, error),
-                None => difference.unexercised.push(name.clone()),
+            difference.classifies |= pool.classifies();
+            // Of fewer samples than all, the scale is not the one that counts.
+            let given_up = samples < self.outputs.len() && pool.exceeds(limit, scale);
+            difference.error = max(difference.error, if given_up { f64::INFINITY } else { pool.error() });
+            if !pool.varies() && samples == self.outputs.len() {
+                difference.unexercised.push(name.clone());
             }
         }
         Ok(difference)
@@ -219,9 +239,17 @@ impl Reference {
     }
 
     fn unexercised(&self) -> Vec<String> {
-        let flat = |pool: &Pooled| pool.error().is_none() || pool.stands_still();
-        self.pools().iter().zip(&self.names).filter(|(pool, _)| flat(pool)).map(|(_, name)| name.clone()).collect()
+        let pools = self.pools();
+        pools.iter().zip(&self.names).filter(|(pool, _)| !pool.varies()).map(|(_, name)| name.clone()).collect()
     }
+}
+
+fn input_names(model: &Model) -> Vec<String> {
+    model.graph.fed_inputs().map(|input| input.info.name().to_owned()).collect()
+}
+
+fn output_names(model: &Model) -> Vec<String> {
+    model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect()
 }
 
 /// The larger; NaN wins, so that it never passes a budget.

@@ -57,6 +57,9 @@ pub struct Channels {
     pub counts: Vec<Count>,
 }
 
+/// Longer axes are no channels.
+const MAX_UNITS: usize = 1 << 22;
+
 impl Channels {
     /// Finds the classes of `graph` at known `shapes`.
     #[must_use]
@@ -64,7 +67,8 @@ impl Channels {
         let mut channels = Self::default();
         for id in graph.order() {
             for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
-                for (axis, extent) in shapes.known(value).unwrap_or_default().into_iter().enumerate() {
+                let dims = shapes.known(value).unwrap_or_default();
+                for (axis, extent) in dims.into_iter().enumerate().filter(|&(_, extent)| extent <= MAX_UNITS) {
                     channels.axes.insert((value, axis), (channels.parent.len(), extent));
                     channels.parent.extend(channels.parent.len()..channels.parent.len() + extent);
                 }

@@ -22,7 +22,7 @@ pub struct Cost {
     pub parameters: usize,
     /// Bytes as written, external data included.
     pub bytes: usize,
-    /// Multiply-adds of `Conv`, `ConvTranspose`, `Gemm` and `MatMul` in the main graph, where shapes are known.
+    /// Multiply-adds of `Conv`, `ConvTranspose`, `Gemm` and `MatMul`, bodies included, where shapes are known.
     pub macs: u64,
 }
 
@@ -32,8 +32,7 @@ impl Cost {
     pub fn of(model: &Model, bound: &BTreeMap<String, Vec<usize>>) -> Self {
         let mut cost = Self { bytes: Self::bytes(model), ..Self::default() };
         cost.count(&model.graph);
-        let shapes = Shapes::infer(&model.graph, bound);
-        cost.macs = model.graph.node_ids().filter_map(|id| macs(&model.graph, &shapes, id)).sum();
+        cost.macs = total_macs(&model.graph, &Shapes::infer(&model.graph, bound));
         cost
     }
 
@@ -54,8 +53,12 @@ impl Cost {
     pub fn compared_to(&self, after: &Self) -> String {
         let mut text = String::new();
         let mut row = |what: &str, before: u64, after: u64| {
-            let change = if before > 0 { (after as f64 / before as f64 - 1.0) * 100.0 } else { 0.0 };
-            let _ = writeln!(text, "{what:<16} {before:>14} {after:>14} {change:>+8.1} %");
+            let change = match before {
+                0 if after > 0 => "new".to_owned(),
+                0 => "+0.0 %".to_owned(),
+                _ => format!("{:+.1} %", (after as f64 / before as f64 - 1.0) * 100.0),
+            };
+            let _ = writeln!(text, "{what:<26} {before:>14} {after:>14} {change:>9}");
         };
         row("nodes", self.node_count() as u64, after.node_count() as u64);
         let ops: BTreeSet<_> = self.nodes.keys().chain(after.nodes.keys()).collect();
@@ -93,18 +96,25 @@ fn external_bytes(graph: &Graph) -> usize {
     own.sum::<usize>() + graph.bodies().map(|(_, body)| external_bytes(&body.graph)).sum::<usize>()
 }
 
+/// Multiply-adds of a graph and of the bodies in it, each counted once.
+fn total_macs(graph: &Graph, shapes: &Shapes) -> u64 {
+    let own = graph.node_ids().filter_map(|id| macs(graph, shapes, id)).fold(0, u64::saturating_add);
+    let inside = graph.bodies().map(|(id, body)| total_macs(&body.graph, &shapes.inside(graph, id, &body.graph)));
+    inside.fold(own, u64::saturating_add)
+}
+
 /// Multiply-adds of one node, where it has any and its shapes are known.
 #[must_use]
 pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<u64> {
-    let product = |dims: &[usize]| dims.iter().map(|&d| d as u64).product::<u64>();
+    let product = |dims: &[usize]| dims.iter().fold(1_u64, |n, &d| n.saturating_mul(d as u64));
     let op = graph.op(node)?;
     let dims = |slot: u32| shapes.known(graph.operand(node, slot)?);
     let out = || shapes.known(node.out());
     Some(match op.standard()? {
-        "Conv" => product(&out()?) * product(dims(1)?.get(1..)?),
-        "ConvTranspose" => product(&dims(0)?) * product(dims(1)?.get(1..)?),
-        "Gemm" => product(&out()?) * dims(0)?[usize::from(op.int("transA") != Some(1))] as u64,
-        "MatMul" => product(&out()?) * *dims(0)?.last()? as u64,
+        "Conv" => product(&out()?).saturating_mul(product(dims(1)?.get(1..)?)),
+        "ConvTranspose" => product(&dims(0)?).saturating_mul(product(dims(1)?.get(1..)?)),
+        "Gemm" => product(&out()?).saturating_mul(*dims(0)?.get(usize::from(op.int("transA") != Some(1)))? as u64),
+        "MatMul" => product(&out()?).saturating_mul(*dims(0)?.last()? as u64),
         _ => return None,
     })
 }

@@ -46,6 +46,13 @@ impl Shapes {
         Self::with(graph, &BTreeMap::new(), captured)
     }
 
+    /// Infers the facts of `body`, which `node` of `graph` holds, from these facts of `graph`.
+    #[must_use]
+    pub fn inside(&self, graph: &Graph, node: NodeId, body: &Graph) -> Self {
+        let fact = |(i, value)| (i, self.fact(value).cloned().unwrap_or_default());
+        Self::infer_body(body, &graph.captures(node).into_iter().map(fact).collect())
+    }
+
     fn with(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, captured: &BTreeMap<u32, Fact>) -> Self {
         let mut shapes = Self::default();
         for id in graph.order() {
@@ -102,6 +109,8 @@ impl Shapes {
                 }
                 vec![fact]
             }
+            // A caller may feed something else.
+            Kind::Const(constant) if constant.overridable => vec![declared(id.out())],
             Kind::Const(constant) => vec![Fact::of(constant.weight.value())],
             Kind::Capture(i) => vec![captured.get(i).cloned().unwrap_or_else(|| declared(id.out()))],
             Kind::Sparse(_) => vec![declared(id.out())],
@@ -109,7 +118,7 @@ impl Shapes {
                 let operands = graph.operands(id);
                 let inputs: Vec<_> = operands
                     .iter()
-                    .map(|value| value.and_then(|v| self.facts.get(&v)).cloned().unwrap_or_default())
+                    .map(|value| value.map(|v| self.facts.get(&v).cloned().unwrap_or_default()))
                     .collect();
                 let constants: Vec<_> = operands.iter().map(|value| value.and_then(|v| graph.constant(v))).collect();
                 let rule = Rule { op, opset: graph.opset(), inputs: &inputs, constants: &constants };

@@ -1,6 +1,9 @@
 //! From a message to a [`Graph`].
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
 use bytes::Bytes;
 use prost::Message;
@@ -8,7 +11,10 @@ use prost::Message;
 use super::{CodecError, Model, Source, external::Files};
 use crate::{
     ir::{Body, Const, Graph, Inlet, Kind, NodeId, Op, Origin, Outlet, Tensor, Weight},
-    proto::{GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, attribute_proto::AttributeType},
+    proto::{
+        GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TrainingInfoProto,
+        attribute_proto::AttributeType,
+    },
 };
 
 /// Space between the positions of neighbours in the file.
@@ -31,7 +37,8 @@ pub(super) fn model(bytes: Bytes, folder: Option<&Path>) -> Result<Model, CodecE
         opset: standard.map_or(1, super::super::proto::OperatorSetIdProto::version),
         files: Files::new(folder),
     };
-    let scope = decoder.graph(proto, 0)?;
+    let mut scope = decoder.graph(proto, 0)?;
+    scope.graph.trained = mentioned(&rest.training_info);
     if let Some((value, node)) = scope.captured.first() {
         return Err(CodecError::Dangling { node: node.clone(), value: value.clone() });
     }
@@ -39,6 +46,16 @@ pub(super) fn model(bytes: Bytes, folder: Option<&Path>) -> Result<Model, CodecE
     let Files { paths, bytes: external_bytes, .. } = decoder.files;
     let source = Source { path: None, bytes, external: paths, external_bytes, unknown };
     Ok(Model { graph: scope.graph, rest, source })
+}
+
+/// The names that training information reads, binds or makes.
+fn mentioned(training: &[TrainingInfoProto]) -> HashSet<String> {
+    let bindings = training.iter().flat_map(|info| info.initialization_binding.iter().chain(&info.update_binding));
+    let bound = bindings.flat_map(|binding| [binding.key(), binding.value()]);
+    let graphs = training.iter().flat_map(|info| info.initialization.iter().chain(&info.algorithm));
+    let nodes = graphs.flat_map(|graph| &graph.node);
+    let read = nodes.flat_map(|node| &node.input).map(String::as_str);
+    bound.chain(read).filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 struct Decoder<'a> {

@@ -30,26 +30,45 @@ pub struct Saved {
 }
 
 /// Writes `model` to `path` by renaming a complete temporary file, so that `path` is never half-written. The large
-/// tensors go to a file beside it where the input's did or where the message would pass 2 GiB.
+/// tensors go to a file beside it where the input's did or where the message would pass 2 GiB. A symbolic link is
+/// followed; a device or a pipe, which can't be replaced, is written into. A model that nobody edited is written as it
+/// was read, byte for byte.
 ///
 /// # Errors
 ///
 /// When the disk is full or the folder can't be written, or `cancelled` was set before the file was whole; `path` is
 /// then as it was.
 pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved, CodecError> {
+    let path = &followed(path);
     let io = |source| CodecError::Io { path: path.to_owned(), action: "written", source };
-    let mut proto = model.to_proto();
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut sidecar = None;
-    let mut bytes = 0;
-    if !model.source.external.is_empty() || proto.encoded_len() > MAX_MESSAGE {
-        let target = sidecar_path(model, path);
-        let mut file = NamedTempFile::new_in(folder).map_err(io)?;
-        bytes += externalize(&model.graph, &mut proto, &target, file.as_file_mut()).map_err(io)?;
-        sidecar = Some((file, target));
+    if let Ok(metadata) = fs::metadata(path)
+        && !metadata.is_file()
+    {
+        let bytes = model.to_stream()?;
+        fs::OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(&bytes)).map_err(io)?;
+        return Ok(Saved { bytes: bytes.len(), sidecar: None });
     }
-    let file = NamedTempFile::new_in(folder).map_err(io)?;
-    bytes += write_message(&proto, file.as_file()).map_err(io)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = || match fs::metadata(folder) {
+        Ok(_) => NamedTempFile::new_in(folder).map_err(io),
+        Err(source) => Err(CodecError::Io { path: folder.to_owned(), action: "written into", source }),
+    };
+    let (mut sidecar, mut bytes) = (None, 0);
+    let mut file = temporary()?;
+    if let Some(original) = model.original() {
+        file.write_all(original).map_err(io)?;
+        bytes += original.len();
+    } else {
+        let mut proto = model.to_proto();
+        if !model.source.external.is_empty() || proto.encoded_len() > MAX_MESSAGE {
+            let target = sidecar_path(model, path);
+            let mut file = temporary()?;
+            let written = externalize(&model.graph, &mut proto, &target, file.as_file_mut()).map_err(io)?;
+            sidecar = Some((file, target)).filter(|_| written > 0);
+            bytes += written;
+        }
+        bytes += write_message(&proto, file.as_file()).map_err(io)?;
+    }
     if model.source.path.is_some() && path.canonicalize().ok() == model.source.path {
         // The only copy of the model is about to go: the new one must be on the disk first.
         file.as_file().sync_all().map_err(io)?;
@@ -57,12 +76,17 @@ pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved,
     if cancelled.load(Ordering::SeqCst) {
         return Err(CodecError::Interrupted);
     }
-    let sidecar = match sidecar.filter(|_| bytes > proto.encoded_len()) {
-        Some((file, target)) => Some(persist(file, &target).map_err(io)?),
-        None => None,
-    };
+    let sidecar = sidecar.map(|(file, target)| persist(file, &target)).transpose().map_err(io)?;
     persist(file, path).map_err(io)?;
     Ok(Saved { bytes, sidecar })
+}
+
+/// Where `path` leads, if it is a symbolic link, even to a file that is not there yet.
+fn followed(path: &Path) -> PathBuf {
+    match fs::read_link(path) {
+        Ok(target) => path.canonicalize().unwrap_or_else(|_| path.with_file_name("").join(target)),
+        Err(_) => path.to_owned(),
+    }
 }
 
 /// Encodes into a mapped file whose space is reserved first: a full disk is an error here, not a crash later.
@@ -71,8 +95,12 @@ fn write_message(proto: &ModelProto, file: &File) -> io::Result<usize> {
     if len == 0 {
         return Ok(0);
     }
-    let mut map = map::write(file, len)?;
-    proto.encode(&mut &mut map[..]).map_err(io::Error::other)?;
+    match map::write(file, len) {
+        Ok(mut map) => proto.encode(&mut &mut map[..]).map_err(io::Error::other)?,
+        // Some file systems can't reserve space; an ordinary write tells when they are full.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => (&mut &*file).write_all(&proto.encode_to_vec())?,
+        Err(error) => return Err(error),
+    }
     Ok(len)
 }
 

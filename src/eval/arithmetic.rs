@@ -1,6 +1,6 @@
 //! Operators that compute: element-wise, reductions, ranges and casts.
 
-use super::{Call, axis, broadcast, broadcast_strides, dtype};
+use super::{Call, axis, broadcast, broadcast_strides, dtype, element_count};
 use crate::ir::{DType, Tensor, tensor::offsets};
 
 /// Elements in the type that arithmetic on them is done in.
@@ -111,7 +111,7 @@ fn float_function(op: &str) -> Option<fn(f64) -> f64> {
 fn binary(call: &Call<'_>) -> Option<Tensor> {
     let op = call.op.standard()?;
     // Before opset 7, operands were aligned by an attribute.
-    if call.inputs.len() != 2 || call.opset < 7 {
+    if call.inputs.len() != 2 || call.opset < 7 || op == "Mod" && call.op.int("fmod") == Some(1) {
         return None;
     }
     let (a, b) = (call.input(0)?, call.input(1)?);
@@ -119,6 +119,7 @@ fn binary(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let dims = broadcast(a.dims(), b.dims())?;
+    element_count(&dims)?;
     let (from_a, from_b) = (broadcast_strides(a.dims(), &dims), broadcast_strides(b.dims(), &dims));
     let pairs = offsets(&dims, &from_a).zip(offsets(&dims, &from_b));
     let compares = matches!(op, "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual");
@@ -205,6 +206,7 @@ fn select(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let dims = broadcast(condition.dims(), &broadcast(a.dims(), b.dims())?)?;
+    element_count(&dims)?;
     let walk = |t: &Tensor| offsets(&dims, &broadcast_strides(t.dims(), &dims));
     let (truth, x, y) = (condition.i64s()?, a.bytes(), b.bytes());
     let mut bytes = Vec::new();
@@ -220,8 +222,8 @@ fn constant_of_shape(call: &Call<'_>) -> Option<Tensor> {
         Some(_) => call.op.tensor("value")?,
         None => Tensor::f32(&[1], &[0.0]),
     };
-    let count = dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= 1 << 24)?;
-    value.element_size()?;
+    let count = element_count(&dims)?;
+    value.element_size().filter(|_| value.len() == 1)?;
     Some(Tensor::made(value.dtype(), &dims, value.bytes().repeat(count).into()))
 }
 
@@ -233,9 +235,7 @@ fn range(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let count = limit.checked_sub(first)?.checked_add(step - step.signum())?.checked_div(step)?.max(0);
-    if count > 1 << 24 {
-        return None;
-    }
+    element_count(&[count as usize])?;
     store(start.dtype(), &[count as usize], Elements::Int((0..count).map(|i| first + i * step).collect()))
 }
 

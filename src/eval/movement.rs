@@ -1,6 +1,6 @@
 //! Operators that move elements and never look at them.
 
-use super::{Call, axis, broadcast, broadcast_strides};
+use super::{Call, axis, broadcast, broadcast_strides, element_count};
 use crate::ir::{
     Tensor,
     tensor::{offsets, strides},
@@ -55,11 +55,12 @@ fn reshaped(dims: &[usize], wanted: &[i64], allow_zero: bool) -> Option<Vec<usiz
             w => usize::try_from(w).ok()?,
         });
     }
-    let (total, rest) = (dims.iter().product::<usize>(), target.iter().product::<usize>());
+    let product = |dims: &[usize]| dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+    let (total, rest) = (product(dims)?, product(&target)?);
     if let Some(i) = open {
         target[i] = (rest > 0 && total.is_multiple_of(rest)).then(|| total / rest)?;
     }
-    (target.iter().product::<usize>() == total).then_some(target)
+    (product(&target)? == total).then_some(target)
 }
 
 fn reshape(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
@@ -132,21 +133,45 @@ fn concat(call: &Call<'_>) -> Option<Tensor> {
 }
 
 /// The indices that a slice from `start` to `end` by `step` takes of an axis of `extent`.
-pub(crate) fn slice_indices(extent: usize, start: i64, end: i64, step: i64) -> Option<Vec<usize>> {
-    let n = extent as i64;
+pub(crate) fn slice_indices(extent: usize, start: i64, end: i64, step: i64) -> Option<Strided> {
+    let n = i64::try_from(extent).ok()?;
     let wrap = |i: i64| if i < 0 { i.saturating_add(n) } else { i };
-    let (low, high) = if step < 0 { (0, n - 1) } else { (0, n) };
-    let begin = wrap(start).clamp(low, high.max(low));
-    let stop = if step < 0 { wrap(end).clamp(-1, n - 1) } else { wrap(end).clamp(0, n) };
-    let step_by = usize::try_from(step.unsigned_abs()).ok().filter(|&s| s > 0)?;
-    if n == 0 {
-        return Some(Vec::new());
+    if step == 0 {
+        return None;
     }
-    Some(if step > 0 {
-        (begin..stop).step_by(step_by).map(|i| i as usize).collect()
+    let (first, stop) = if step > 0 {
+        (wrap(start).clamp(0, n), wrap(end).clamp(0, n))
     } else {
-        (stop + 1..=begin).rev().step_by(step_by).map(|i| i as usize).collect()
-    })
+        (wrap(start).clamp(-1, n - 1), wrap(end).clamp(-1, n - 1))
+    };
+    let span = if step > 0 { stop - first } else { first - stop };
+    let count = usize::try_from(span.max(0)).ok()?.div_ceil(usize::try_from(step.unsigned_abs()).ok()?);
+    Some(Strided { first, step, count })
+}
+
+/// Indices at equal distances.
+#[derive(Clone, Debug)]
+pub(crate) struct Strided {
+    first: i64,
+    step: i64,
+    count: usize,
+}
+
+impl ExactSizeIterator for Strided {}
+
+impl Iterator for Strided {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        self.count = self.count.checked_sub(1)?;
+        let here = self.first as usize;
+        self.first = self.first.saturating_add(self.step);
+        Some(here)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.count, Some(self.count))
+    }
 }
 
 fn slice(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
@@ -160,16 +185,16 @@ fn slice(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     for (i, &a) in axes.iter().enumerate() {
         let a = axis(a, x.dims().len())?;
         let indices = slice_indices(value.dims()[a], starts[i], ends[i], steps[i])?;
-        value = value.select(a, &indices)?;
+        value = value.select(a, &indices.collect::<Vec<_>>())?;
     }
     Some(value)
 }
 
 fn split(call: &Call<'_>, x: &Tensor) -> Option<Vec<Tensor>> {
     let at = axis(call.op.int("axis").unwrap_or(0), x.dims().len())?;
-    let mut begin = 0;
+    let mut begin = 0_usize;
     let parts = call.ints("split", 1)?.into_iter().map(|part| {
-        let end = begin + usize::try_from(part).ok()?;
+        let end = begin.checked_add(usize::try_from(part).ok()?).filter(|&end| end <= x.dims()[at])?;
         let indices: Vec<_> = (begin..end).collect();
         begin = end;
         x.select(at, &indices)
@@ -191,6 +216,7 @@ fn gather(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
 fn expand(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     let wanted: Vec<_> = call.input(1)?.i64s()?.into_iter().map(|d| usize::try_from(d).ok()).collect::<Option<_>>()?;
     let dims = broadcast(x.dims(), &wanted)?;
+    element_count(&dims)?;
     pick(x, &dims, offsets(&dims, &broadcast_strides(x.dims(), &dims)))
 }
 
@@ -203,13 +229,14 @@ fn tile(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     // Each axis as (repetition, element), the repetition standing still in the source.
     let dims: Vec<_> = repeats.iter().zip(x.dims()).flat_map(|(&r, &d)| [r, d]).collect();
     let steps: Vec<_> = own.iter().flat_map(|&s| [0, s]).collect();
-    let target: Vec<_> = repeats.iter().zip(x.dims()).map(|(r, d)| r * d).collect();
+    let target: Vec<_> = repeats.iter().zip(x.dims()).map(|(r, &d)| r.checked_mul(d)).collect::<Option<_>>()?;
+    element_count(&target)?;
     pick(x, &target, offsets(&dims, &steps))
 }
 
 fn shape(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     let rank = x.dims().len() as i64;
-    let clamp = |i: i64| if i < 0 { i + rank } else { i }.clamp(0, rank) as usize;
+    let clamp = |i: i64| if i < 0 { i.saturating_add(rank) } else { i }.clamp(0, rank) as usize;
     let (start, end) = (clamp(call.op.int("start").unwrap_or(0)), clamp(call.op.int("end").unwrap_or(rank)));
     let dims: Vec<_> = x.dims().get(start..end.max(start))?.iter().map(|&d| d as i64).collect();
     Some(Tensor::i64(&[dims.len()], &dims))

@@ -43,6 +43,11 @@ impl Graph {
     pub fn add_op(&mut self, mut op: Op, operands: &[Option<Outlet>], names: &[&str], near: NodeId) -> NodeId {
         self.edits += 1;
         op.arity = operands.len();
+        if !op.name().is_empty() {
+            let taken = |name: &str| self.node_ids().any(|id| self.op(id).is_some_and(|op| op.name() == name));
+            let name = fresh(op.name(), taken);
+            op = op.named(&name);
+        }
         let mut outputs = Vec::with_capacity(names.len());
         for name in names {
             let name = self.fresh_name(name);

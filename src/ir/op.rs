@@ -50,13 +50,6 @@ impl Op {
         self
     }
 
-    /// The same with a floating-point attribute.
-    #[must_use]
-    pub fn with_float(mut self, name: &str, value: f32) -> Self {
-        self.set(AttributeProto { f: Some(value), ..attribute(name, AttributeType::Float) });
-        self
-    }
-
     /// The same without the attribute `name`.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {
@@ -129,10 +122,10 @@ impl Op {
         self.proto.attribute.iter().find(|a| a.name() == name)
     }
 
-    /// An integer attribute.
+    /// An integer attribute; zero where the file leaves its value out, as some writers do.
     #[must_use]
     pub fn int(&self, name: &str) -> Option<i64> {
-        self.attribute(name).and_then(|a| a.i)
+        self.attribute(name).filter(|a| a.i.is_some() || a.r#type() == AttributeType::Int).map(AttributeProto::i)
     }
 
     /// An attribute of several integers.
@@ -141,10 +134,10 @@ impl Op {
         self.attribute(name).map(|a| a.ints.as_slice())
     }
 
-    /// A floating-point attribute.
+    /// A floating-point attribute; zero where the file leaves its value out.
     #[must_use]
     pub fn float(&self, name: &str) -> Option<f32> {
-        self.attribute(name).and_then(|a| a.f)
+        self.attribute(name).filter(|a| a.f.is_some() || a.r#type() == AttributeType::Float).map(AttributeProto::f)
     }
 
     /// A string attribute.

@@ -68,12 +68,6 @@ impl Weight {
         &self.value
     }
 
-    /// The storage form.
-    #[must_use]
-    pub fn storage(&self) -> Storage {
-        self.storage
-    }
-
     /// Bytes of the elements as written.
     #[must_use]
     pub fn stored_bytes(&self) -> usize {

@@ -66,12 +66,14 @@ fn merge_operators(graph: &mut Graph) -> usize {
         let kept = (0..outputs).any(|slot| graph.is_output(id.at(slot)) || graph.is_pinned(id.at(slot)));
         let Some(signature) = op.signature() else { continue };
         let key = (signature, graph.operands(id), outputs);
+        // A twin that leaves out a result can't stand in for it.
+        let has = |twin: NodeId| {
+            (0..outputs).all(|slot| graph.name(id.at(slot)).is_empty() || !graph.name(twin.at(slot)).is_empty())
+        };
         match seen.get(&key) {
-            Some(&twin) if !kept => {
-                for slot in 0..outputs {
-                    if !graph.name(id.at(slot)).is_empty() && !graph.name(twin.at(slot)).is_empty() {
-                        graph.replace_uses(id.at(slot), twin.at(slot));
-                    }
+            Some(&twin) if !kept && has(twin) => {
+                for slot in (0..outputs).filter(|&slot| !graph.name(id.at(slot)).is_empty()).collect::<Vec<_>>() {
+                    graph.replace_uses(id.at(slot), twin.at(slot));
                 }
                 graph.sweep(id);
                 merged += 1;

@@ -5,7 +5,7 @@ use prost::Message;
 use crate::{
     analysis::shapes::Shapes,
     eval,
-    ir::{DType, Graph, NodeId, Tensor, Weight},
+    ir::{DType, Graph, Inlet, NodeId, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere},
 };
 
@@ -67,21 +67,28 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     Some(())
 }
 
-/// Has the `Reshape` at `node` infer the one extent that is not known from how many elements there are.
+/// Has every `Reshape` that reads the computed shape at `node` infer its one extent that is not known from how many
+/// elements there are.
 fn infer(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    let reshape = graph.op_of(node, "Reshape")?;
-    let computed = graph.operand(node, 1).filter(|&target| graph.constant(target).is_none())?;
+    let computed = node.out();
     let entries = shapes.fact(computed)?.ints.as_ref()?;
     let one_open = entries.iter().filter(|entry| entry.is_none()).count() == 1;
     // A zero would stand for the extent of the input; and only where none is zero is the open one settled by the others.
-    if !one_open || entries.iter().flatten().any(|&entry| entry <= 0) || reshape.int("allowzero") == Some(1) {
+    if !one_open || entries.iter().flatten().any(|&entry| entry <= 0) || graph.is_output(computed) {
+        return None;
+    }
+    let uses = graph.uses(computed);
+    let infers = |&(reader, inlet): &(NodeId, Inlet)| {
+        inlet == Inlet::Slot(1) && graph.op_of(reader, "Reshape").is_some_and(|op| op.int("allowzero") != Some(1))
+    };
+    if uses.is_empty() || !uses.iter().all(infers) {
         return None;
     }
     let entries: Vec<i64> = entries.iter().map(|entry| entry.unwrap_or(-1)).collect();
     let name = format!("{}.fold-constants", graph.name(computed));
     let target = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], &entries)), &name);
-    graph.set_operand(node, 1, Some(target));
-    graph.sweep(computed.node);
+    graph.replace_uses(computed, target);
+    graph.sweep(node);
     Some(())
 }
 

@@ -56,13 +56,23 @@ fn fuse(graph: &mut Graph, bn: NodeId) -> Option<()> {
     let weight = graph.weight(weight_at)?;
     let parameter = |slot: u32| graph.constant(graph.operand(bn, slot)?)?.f64s();
     let (scale, bias, mean, var) = (parameter(1)?, parameter(2)?, parameter(3)?, parameter(4)?);
+    if graph.is_pinned(layer_out) || graph.is_pinned(bn.out()) || graph.is_pinned(weight_at) {
+        return None;
+    }
+    let channels = scale.len();
+    if [bias.len(), mean.len(), var.len()] != [channels; 3] {
+        return None;
+    }
     let factor: Vec<f64> = scale.iter().zip(&var).map(|(s, v)| s / (v + epsilon).sqrt()).collect();
     let old_bias = match bias_at {
-        Some(at) => graph.constant(at)?.f64s()?,
+        Some(at) => {
+            // A column would be a bias for each row of a Gemm.
+            let bias = graph.constant(at).filter(|bias| bias.dims().last().is_none_or(|&d| d == bias.len()))?;
+            bias.f64s()?
+        }
         None => vec![0.0],
     };
     let beta = if op.is("Gemm") { f64::from(op.float("beta").unwrap_or(1.0)) } else { 1.0 };
-    let channels = factor.len();
     if old_bias.len() != channels && old_bias.len() != 1 {
         return None;
     }

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    analysis::channels::{Channels, Count, Role, Side},
+    analysis::{
+        channels::{Channels, Count, Role, Side},
+        shapes::Shapes,
+    },
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::strides},
     pass::{Context, Declare, Fidelity, Pass},
 };
@@ -31,8 +34,8 @@ pub(super) struct Prune {
     score: Score,
     /// The counts of channels that are left are multiples of this, or of the largest power of two that the counts before
     /// and it have in common; 16 for convolutions where the budget decides, else 1.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    multiple: Option<u32>,
+    #[arg(long, value_parser = super::positive)]
+    multiple: Option<usize>,
 }
 
 /// What makes a channel matter.
@@ -56,16 +59,8 @@ impl Declare for Prune {
 
 impl Pass for Prune {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let channels = Channels::of(graph, &cx.shapes(graph));
-        let layers = layers(graph, &channels, cx);
-        let mut doomed = BTreeSet::new();
-        for layer in &layers {
-            doomed.extend(self.choose(graph, &channels, layer, cx));
-        }
-        cx.add("channels removed", doomed.len());
-        if !doomed.is_empty() {
-            remove(graph, &channels, &doomed);
-        }
+        let shapes = cx.shapes(graph);
+        self.prune(graph, &shapes, cx);
         Ok(())
     }
 
@@ -117,6 +112,10 @@ fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
             cx.decline(first, "kept by --keep");
             return false;
         }
+        if layer.sides.iter().any(|side| graph.is_pinned(side.weight)) {
+            cx.decline(first, "is named by an annotation or by training information");
+            return false;
+        }
         layer.width = layer.classes.len();
         let reason = layer.classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
         layer.classes.retain(|&class| channels.pinned(class).is_none());
@@ -129,8 +128,33 @@ fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
 }
 
 impl Prune {
-    /// The channels of `layer` that go.
-    fn choose(&self, graph: &Graph, channels: &Channels, layer: &Layer, cx: &mut Context) -> Vec<usize> {
+    /// Prunes `graph`, then the bodies in it: the values that they share are pinned on both sides.
+    fn prune(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context) {
+        let channels = Channels::of(graph, shapes);
+        let layers = layers(graph, &channels, cx);
+        let mut doomed = BTreeMap::new();
+        for layer in &layers {
+            doomed.extend(self.choose(graph, &channels, layer, cx));
+        }
+        spare(&channels, &mut doomed);
+        cx.add("channels removed", doomed.len());
+        if !doomed.is_empty() {
+            remove(graph, &channels, &doomed.into_keys().collect());
+        }
+        let holders: Vec<_> =
+            graph.ops().into_iter().filter(|&id| graph.op(id).is_some_and(|op| !op.bodies.is_empty())).collect();
+        for id in holders {
+            let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
+                op.bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect()
+            });
+            for (body, shapes) in graph.bodies_mut(id).iter_mut().zip(&inside) {
+                self.prune(&mut body.graph, shapes, cx);
+            }
+        }
+    }
+
+    /// The channels of `layer` that go, each with its score.
+    fn choose(&self, graph: &Graph, channels: &Channels, layer: &Layer, cx: &mut Context) -> Vec<(usize, f64)> {
         let mut scores: BTreeMap<usize, f64> = layer.classes.iter().map(|&class| (class, 0.0)).collect();
         let mut bytes: BTreeMap<usize, f64> = BTreeMap::new();
         let wanted = if self.score == Score::Onorm { Role::Reads } else { Role::Makes };
@@ -175,14 +199,15 @@ impl Prune {
         if count > 0 {
             cx.count("layers pruned");
         }
-        ranked[..count].iter().map(|unit| unit.0).collect()
+        ranked.truncate(count);
+        ranked
     }
 
     /// `count`, less what makes the channels that are left a multiple of what runtimes compute in.
     fn rounded(&self, count: usize, layer: &Layer, graph: &Graph) -> usize {
         let is_convolution = |side: &Side| graph.constant(side.weight).is_some_and(|weight| weight.dims().len() > 2);
         let wanted = match self.multiple {
-            Some(multiple) => multiple as usize,
+            Some(multiple) => multiple,
             None if self.ratio.is_none() && layer.sides.iter().any(is_convolution) => BLOCK,
             None => 1,
         };
@@ -206,6 +231,18 @@ impl Prune {
                 Score::Onorm => sum / each,
             })
             .collect()
+    }
+}
+
+/// Spares the best of the doomed classes of each axis that would be left without any.
+fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
+    for (value, axis, extent) in channels.axes() {
+        let classes = (0..extent).map(|i| channels.class(value, axis, i));
+        let scores = classes.map(|class| Some((*doomed.get(&class?)?, class?))).collect::<Option<Vec<_>>>();
+        let best = scores.and_then(|scores| scores.into_iter().max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))));
+        if let Some((_, class)) = best {
+            doomed.remove(&class);
+        }
     }
 }
 

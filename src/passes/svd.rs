@@ -22,8 +22,8 @@ use crate::{
 #[derive(Debug, clap::Parser)]
 #[command(name = "svd")]
 pub(super) struct Svd {
-    /// The rank of every layer.
-    #[arg(long)]
+    /// The rank of every layer, at least 1.
+    #[arg(long, value_parser = super::positive, conflicts_with = "energy")]
     rank: Option<usize>,
     /// The least rank that keeps this share of a weight's squared norm, between 0 and 1.
     #[arg(long, value_parser = super::share)]
@@ -95,12 +95,17 @@ fn source(graph: &Graph, mut value: Outlet) -> Option<(Outlet, bool)> {
             let fits = weight.value().dims().len() == 2 && crate::ir::tensor::is_float(weight.value().dtype());
             return fits.then_some((value, flipped));
         }
-        match graph.op(value.node)?.standard()? {
-            "Identity" => {}
-            "Transpose" => flipped = !flipped,
-            _ => return None,
-        }
+        flipped ^= flips(graph.op(value.node)?)?;
         value = graph.operand(value.node, 0)?;
+    }
+}
+
+/// Whether an operator transposes a matrix or passes it on as it is; `None` for any other operator.
+fn flips(op: &Op) -> Option<bool> {
+    match (op.standard()?, op.ints("perm")) {
+        ("Identity", _) | ("Transpose", Some([0, 1])) => Some(false),
+        ("Transpose", None | Some([1, 0])) => Some(true),
+        _ => None,
     }
 }
 
@@ -116,6 +121,10 @@ impl Svd {
         let labels: Vec<_> = layers.iter().map(|layer| graph.label(layer.node)).collect();
         if cx.is_kept(&[&name]) || cx.is_kept(&labels) {
             cx.decline(&name, "kept by --keep");
+            return None;
+        }
+        if graph.is_pinned(weight) {
+            cx.decline(&name, "is named by an annotation or by training information");
             return None;
         }
         let stored = graph.weight(weight)?.clone();
@@ -195,8 +204,9 @@ fn collect(graph: &Graph, value: Outlet, layers: &mut Vec<Layer>) -> bool {
     }
     graph.uses(value).into_iter().all(|(node, inlet)| {
         let Inlet::Slot(slot) = inlet else { return false };
-        match graph.op(node).and_then(Op::standard) {
-            Some("Identity" | "Transpose") => collect(graph, node.out(), layers),
+        let Some(op) = graph.op(node) else { return false };
+        match op.standard() {
+            _ if flips(op).is_some() => collect(graph, node.out(), layers),
             Some("Gemm" | "MatMul") => match Layer::of(graph, node) {
                 Some(layer) if layer.slot == slot => {
                     layers.push(layer);

@@ -41,6 +41,9 @@ pub(super) struct Search<'a> {
     /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
     seen: BTreeMap<u64, Difference>,
     tried: usize,
+    /// The bytes of the start, and of the smallest model inside the budget.
+    bytes: usize,
+    smallest: Option<usize>,
 }
 
 /// A model that the search tried.
@@ -90,12 +93,9 @@ impl<'a> Search<'a> {
         let mut model = base.clone();
         let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
         let factors = vec![1.0; items.len()];
-        Ok(Self { start: (model, outcomes), items, cx, reference, factors, seen: BTreeMap::new(), tried: 0 })
-    }
-
-    /// What comes of items none of which is free.
-    pub(super) fn fixed(&mut self) -> Result<Trial, ShrinkError> {
-        self.measure(0.0, &vec![Price::default(); self.items.len()], &[], f64::INFINITY, &mut |_| {})
+        let bytes = Cost::bytes(&model);
+        let seen = BTreeMap::new();
+        Ok(Self { start: (model, outcomes), items, cx, reference, factors, seen, tried: 0, bytes, smallest: None })
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
@@ -134,7 +134,7 @@ impl<'a> Search<'a> {
     fn price(&mut self, guess: f64, best: &mut Best<'_>, progress: Progress<'_>) -> Result<f64, ShrinkError> {
         let mut attempt = |per_byte: f64| {
             let prices = vec![Price { per_byte, ceiling: f64::INFINITY }; self.items.len()];
-            self.measure(per_byte, &prices, &[], best.limit, progress).map(|trial| best.offer(trial))
+            self.attempt(per_byte, &prices, best, progress)
         };
         let (mut low, mut high) = (guess, guess);
         if attempt(guess)? {
@@ -180,13 +180,26 @@ impl<'a> Search<'a> {
             let ceiling = (floor * top).sqrt();
             let mut prices = prices.to_vec();
             prices[i] = Price { per_byte: f64::INFINITY, ceiling };
-            if best.offer(self.measure(price, &prices, &[], best.limit, progress)?) {
+            if self.attempt(price, &prices, best, progress)? {
                 floor = ceiling;
             } else {
                 top = ceiling;
             }
         }
         Ok(())
+    }
+
+    /// Tries what each item does at its price; says whether it is inside the budget.
+    fn attempt(
+        &mut self,
+        price: f64,
+        prices: &[Price],
+        best: &mut Best<'_>,
+        progress: Progress<'_>,
+    ) -> Result<bool, ShrinkError> {
+        let good = best.offer(self.measure(price, prices, &[], best.limit, progress)?);
+        self.smallest = best.trial.as_ref().map(|trial| trial.bytes);
+        Ok(good)
     }
 
     /// Measures each free item alone at one price: only then are the predictions of different passes worth the same.
@@ -214,7 +227,8 @@ impl<'a> Search<'a> {
         progress: Progress<'_>,
     ) -> Result<Trial, ShrinkError> {
         self.tried += 1;
-        progress(&format!("search step {}", self.tried));
+        let share = |bytes: usize| format!(", {:.1} % of the bytes so far", bytes as f64 / self.bytes as f64 * 100.0);
+        progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
         let (mut model, mut outcomes) = self.start.clone();
         for (i, item) in self.items.iter().enumerate().filter(|(i, _)| !left_out.contains(i)) {
             let factor = self.factors[i];

@@ -1,11 +1,15 @@
 //! What differs between two models.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use similar::TextDiff;
 
 use super::print;
-use crate::{analysis::cost::Cost, codec::Model};
+use crate::{
+    analysis::cost::Cost,
+    codec::Model,
+    verify::{Request, Samples},
+};
 
 /// Unchanged lines shown around each change.
 const CONTEXT: usize = 2;
@@ -21,13 +25,13 @@ pub struct Diff {
     pub is_same: bool,
 }
 
-/// Compares two models: costs at the shapes that they declare, and texts line by line.
+/// Compares two models: costs at likely shapes, and texts line by line.
 #[must_use]
 pub fn diff(a: &Model, b: &Model) -> Diff {
-    let shapes = BTreeMap::new();
+    let shapes = |model| Samples::likely_shapes(model, &Request::default());
     let (from, to) = (print(a), print(b));
     let lines = TextDiff::from_lines(&from, &to).unified_diff().context_radius(CONTEXT).to_string();
-    Diff { costs: (Cost::of(a, &shapes), Cost::of(b, &shapes)), lines, is_same: a.to_proto() == b.to_proto() }
+    Diff { costs: (Cost::of(a, &shapes(a)), Cost::of(b, &shapes(b))), lines, is_same: a.to_proto() == b.to_proto() }
 }
 
 impl fmt::Display for Diff {

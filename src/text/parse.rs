@@ -300,7 +300,7 @@ impl Parser {
                 attribute.s = Some(text.into_bytes().into());
                 AttributeType::String
             }
-            Token::Number(number) if is_float(&number) => {
+            Token::Number(number) if is_float(&number) || attribute.r#type == Some(AttributeType::Float as i32) => {
                 self.lexer.next();
                 attribute.f = number.parse().ok();
                 AttributeType::Float
@@ -335,7 +335,8 @@ impl Parser {
                 _ => parser.wrong("a number or a quoted text"),
             }
         })?;
-        let floats = items.iter().any(|item| matches!(item, Token::Number(number) if is_float(number)));
+        let floats = attribute.r#type == Some(AttributeType::Floats as i32)
+            || items.iter().any(|item| matches!(item, Token::Number(number) if is_float(number)));
         for item in &items {
             match item {
                 Token::Text(text) => attribute.strings.push(text.clone().into_bytes().into()),

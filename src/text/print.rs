@@ -1,10 +1,10 @@
 //! From a model to text.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use crate::{
     codec::Model,
-    ir::{Body, DType, Graph, Kind, Tensor},
+    ir::{Body, DType, Graph, Kind, Outlet, Tensor},
     proto::{
         AttributeProto, FunctionProto, GraphProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
         TypeProto,
@@ -70,6 +70,8 @@ impl Printer {
 
     /// Writes a graph; its first line begins with `prefix`.
     fn graph(&mut self, proto: &GraphProto, graph: Option<&Graph>, prefix: &str) {
+        let held = graph.map(Held::new);
+        let held = held.as_ref();
         let infos = |infos: &[crate::proto::ValueInfoProto]| {
             let each = infos.iter().map(|info| format!("{} {}", kind(info.r#type.as_ref()), id(info.name())));
             each.collect::<Vec<_>>().join(", ")
@@ -78,7 +80,7 @@ impl Printer {
         self.line(&format!("{prefix}{} ({inputs}) => ({outputs})", id(proto.name())));
         let mut listed = Vec::new();
         for tensor in &proto.initializer {
-            let made = graph.and_then(|graph| constant(graph, tensor.name()));
+            let made = held.and_then(|held| held.constant(tensor.name()));
             listed.push(format!("{} {} = {}", tensor_kind(tensor), id(tensor.name()), data(tensor, made)));
         }
         for sparse in &proto.sparse_initializer {
@@ -108,27 +110,27 @@ impl Printer {
         self.line("{");
         self.depth += 1;
         for node in &proto.node {
-            self.node(node, graph);
+            self.node(node, held);
         }
         self.depth -= 1;
         self.line("}");
     }
 
-    fn node(&mut self, node: &NodeProto, graph: Option<&Graph>) {
+    fn node(&mut self, node: &NodeProto, held: Option<&Held<'_>>) {
         let list = |names: &[String]| names.iter().map(|name| id(name)).collect::<Vec<_>>().join(", ");
         let label = if node.name().is_empty() { String::new() } else { format!("[{}] ", quoted(node.name())) };
         let op = match node.domain() {
             "" | "ai.onnx" => node.op_type().to_owned(),
             domain => format!("{domain}.{}", node.op_type()),
         };
-        let made = node.output.first().and_then(|name| graph.and_then(|graph| constant(graph, name)));
+        let made = node.output.first().and_then(|name| held?.constant(name));
         let is_body = |a: &&AttributeProto| matches!(a.r#type(), AttributeType::Graph | AttributeType::Graphs);
         let plain: Vec<_> =
             node.attribute.iter().filter(|a| !is_body(a)).map(|a| attribute(a, made.as_ref())).collect();
         let attributes = if plain.is_empty() { String::new() } else { format!("<{}> ", plain.join(", ")) };
         let outputs = list(&node.output);
         self.line(&format!("{label}{outputs} = {op} {attributes}({})", list(&node.input)));
-        let bodies = bodies(node, graph);
+        let bodies = bodies(node, held);
         if bodies.is_empty() {
             return;
         }
@@ -162,35 +164,49 @@ impl Printer {
     }
 }
 
+/// What a graph holds, by name.
+struct Held<'a> {
+    graph: &'a Graph,
+    values: BTreeMap<&'a str, Outlet>,
+}
+
+impl<'a> Held<'a> {
+    fn new(graph: &'a Graph) -> Self {
+        Self { graph, values: graph.values() }
+    }
+
+    fn constant(&self, name: &str) -> Option<Tensor> {
+        match self.graph.kind(self.values.get(name)?.node) {
+            Kind::Const(constant) => Some(constant.weight.value().clone()),
+            _ => None,
+        }
+    }
+
+    fn bodies(&self, node: &NodeProto) -> Option<&'a [Body]> {
+        let name = node.output.iter().find(|name| !name.is_empty())?;
+        Some(&self.graph.op(self.values.get(name.as_str())?.node)?.bodies)
+    }
+}
+
 /// The bodies of `node`: attribute, message, and what the graph holds of it.
-fn bodies<'a>(node: &'a NodeProto, graph: Option<&'a Graph>) -> Vec<(&'a str, &'a GraphProto, Option<&'a Body>)> {
-    let held = graph.and_then(|graph| {
-        let value = node.output.iter().find(|name| !name.is_empty())?;
-        let found = graph.values().get(value.as_str()).copied()?;
-        Some(graph.op(found.node)?.bodies.as_slice())
-    });
+fn bodies<'a>(node: &'a NodeProto, held: Option<&Held<'a>>) -> Vec<(&'a str, &'a GraphProto, Option<&'a Body>)> {
+    let held = held.and_then(|held| held.bodies(node)).unwrap_or_default();
     let mut bodies = Vec::new();
     for attribute in &node.attribute {
         let single = attribute.g.iter().map(|graph| (None, graph));
         for (index, proto) in single.chain((0..).map(Some).zip(&attribute.graphs)) {
-            let body = held.unwrap_or_default().iter().find(|b| b.attribute == attribute.name() && b.index == index);
+            let body = held.iter().find(|b| b.attribute == attribute.name() && b.index == index);
             bodies.push((attribute.name(), proto, body));
         }
     }
     bodies
 }
 
-fn constant(graph: &Graph, name: &str) -> Option<Tensor> {
-    match graph.kind(graph.values().get(name)?.node) {
-        Kind::Const(constant) => Some(constant.weight.value().clone()),
-        _ => None,
-    }
-}
-
 /// A name as the syntax has it: bare where it is an identifier, else quoted, as the empty name of an omitted value is.
 fn id(name: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let bare = name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit());
+    let number = matches!(name, "inf" | "NaN");
+    let bare = name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit()) && !number;
     if bare { name.to_owned() } else { quoted(name) }
 }
 

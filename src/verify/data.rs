@@ -1,6 +1,8 @@
 //! What models are run on: a person's samples, or seeded random values.
 
-use std::{collections::BTreeMap, fs::File, io, path::PathBuf};
+mod npz;
+
+use std::{collections::BTreeMap, io, path::PathBuf};
 
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -69,6 +71,8 @@ pub struct Samples {
     pub unrunnable: Option<String>,
     /// Arrays that name no input.
     pub ignored: Vec<String>,
+    /// Inputs that the data has no array for, nor the request a value.
+    pub drawn: Vec<String>,
 }
 
 /// Why samples can't be had.
@@ -86,7 +90,7 @@ pub enum DataError {
     #[error("no array of the data file is named like an input; the inputs are {0}")]
     NothingNamed(String),
     /// An array has the wrong type.
-    #[error("array `{name}` holds {found}, but the input is {wanted:?}; convert it")]
+    #[error("array `{name}` holds {found}, but the input is {wanted}; convert it with .astype", wanted = .wanted.as_str_name())]
     WrongType {
         /// The input.
         name: String,
@@ -96,7 +100,7 @@ pub enum DataError {
         wanted: DType,
     },
     /// An array has the wrong shape.
-    #[error("array `{name}` has shape {found:?}, which gives no samples for an input of shape {wanted}")]
+    #[error("array `{name}` has shape {found}, which gives no samples for an input of shape {wanted}", found = spelled(.found.iter().map(|&d| Some(d))))]
     WrongShape {
         /// The input.
         name: String,
@@ -106,11 +110,40 @@ pub enum DataError {
         wanted: String,
     },
     /// Too few samples to be split.
-    #[error("the data gives {0} samples; at least 8 are needed to search and to check on different ones")]
+    #[error(
+        "the data gives {0} samples; at least 8 are needed, since they are split into parts that do different things"
+    )]
     TooFew(usize),
+    /// Arrays of different lengths.
+    #[error("array `{0}` gives {1} samples and array `{2}` {3}; each sample needs one of each")]
+    Lengths(String, usize, String, usize),
+    /// A shape given on the command line can't be the input's.
+    #[error("--shape: `{name}` is declared as {declared}, which {given} is not")]
+    Contradicts {
+        /// The input.
+        name: String,
+        /// The shape that the model declares.
+        declared: String,
+        /// The shape that was given.
+        given: String,
+    },
     /// A name given on the command line is no input.
     #[error("the model has no input `{0}`; its inputs are {1}")]
     NoSuchInput(String, String),
+}
+
+impl DataError {
+    /// Whether what was asked for is no matter of the data.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::NoSuchInput(..) | Self::Contradicts { .. })
+    }
+}
+
+/// A shape as `--shape` takes it; `?` for what is not known.
+fn spelled(dims: impl Iterator<Item = Option<usize>>) -> String {
+    let extents: Vec<_> = dims.map(|d| d.map_or_else(|| "?".to_owned(), |d| d.to_string())).collect();
+    if extents.is_empty() { "scalar".to_owned() } else { extents.join("x") }
 }
 
 /// An input that must be fed.
@@ -135,25 +168,28 @@ impl Samples {
         if let Some(name) = request.fixed.keys().chain(request.shapes.keys()).find(|name| !known(name)) {
             return Err(DataError::NoSuchInput(name.clone(), names()));
         }
-        let (mut arrays, mut ignored) = (BTreeMap::new(), Vec::new());
-        if let Some(path) = &request.data {
-            let unreadable = |source| DataError::Unreadable { path: path.clone(), source };
-            let mut archive = zip::ZipArchive::new(File::open(path).map_err(unreadable)?)
-                .map_err(|error| unreadable(io::Error::other(error)))?;
-            for i in 0..archive.len() {
-                let entry = archive.by_index(i).map_err(|error| unreadable(io::Error::other(error)))?;
-                let name = entry.name().map_err(|error| unreadable(io::Error::other(error)))?;
-                let name = name.trim_end_matches(".npy").to_owned();
-                match slots.iter().find(|slot| slot.name == name) {
-                    Some(slot) => _ = arrays.insert(name, array(entry, slot).map_err(|e| e.at(path))?),
-                    None => ignored.push(name),
-                }
-            }
-            if arrays.is_empty() {
-                return Err(DataError::NothingNamed(names()));
+        for slot in &slots {
+            let (Some(given), Some(declared)) = (request.shapes.get(&slot.name), &slot.fact.dims) else { continue };
+            if given.len() != declared.len() || given.iter().zip(declared).any(|(g, d)| d.is_some_and(|d| d != *g)) {
+                let declared = spelled(declared.iter().copied());
+                let given = spelled(given.iter().map(|&d| Some(d)));
+                return Err(DataError::Contradicts { name: slot.name.clone(), declared, given });
             }
         }
-        let (split, shortest) = cut(&slots, arrays)?;
+        let (arrays, ignored) = match &request.data {
+            Some(path) => npz::read(path, &slots)?,
+            None => (BTreeMap::new(), Vec::new()),
+        };
+        if request.data.is_some() && arrays.is_empty() {
+            return Err(DataError::NothingNamed(names()));
+        }
+        let (split, shortest) = npz::cut(&slots, arrays)?;
+        let has = |slot: &&Slot| split.contains_key(&slot.name) || request.fixed.contains_key(&slot.name);
+        let drawn: Vec<_> = if request.data.is_some() {
+            slots.iter().filter(|slot| !has(slot)).map(|slot| slot.name.clone()).collect()
+        } else {
+            Vec::new()
+        };
         if request.data.is_some() && shortest < 8 {
             return Err(DataError::TooFew(shortest));
         }
@@ -184,7 +220,15 @@ impl Samples {
                 };
                 let bounds: Vec<_> = std::iter::once(bound.clone()).chain(other.clone()).collect();
                 let all = Self::draw(&slots, request, &split, &bounds, count);
-                return Ok(Self { all, random: request.data.is_none(), bound, other, unrunnable: None, ignored });
+                return Ok(Self {
+                    all,
+                    random: request.data.is_none(),
+                    bound,
+                    other,
+                    unrunnable: None,
+                    ignored,
+                    drawn,
+                });
             };
             failures.push(why.to_string());
             if matches!(why, Cannot::Unsound { .. }) {
@@ -193,7 +237,7 @@ impl Samples {
         }
         let unrunnable = failures.into_iter().next();
         let bound = Self::likely_shapes(model, request);
-        Ok(Self { all: Vec::new(), random: true, bound, other: None, unrunnable, ignored })
+        Ok(Self { all: Vec::new(), random: true, bound, other: None, unrunnable, ignored, drawn })
     }
 
     /// Input shapes for a model that is not run: those of `request`, else open axes as large as lets shape inference see
@@ -360,86 +404,4 @@ fn table(graph: &Graph, value: Outlet) -> Option<usize> {
             table.dims().get(crate::eval::axis(op.int("axis").unwrap_or(0), table.dims().len())?).copied()
         });
     indexed.min()
-}
-
-/// An array of the data file.
-struct Array {
-    dims: Vec<usize>,
-    values: Vec<f64>,
-}
-
-enum ArrayError {
-    Io(io::Error),
-    Data(DataError),
-}
-
-impl ArrayError {
-    fn at(self, path: &std::path::Path) -> DataError {
-        match self {
-            Self::Io(source) => DataError::Unreadable { path: path.to_owned(), source },
-            Self::Data(error) => error,
-        }
-    }
-}
-
-fn array(entry: impl io::Read, slot: &Slot) -> Result<Array, ArrayError> {
-    let file = npyz::NpyFile::new(entry).map_err(ArrayError::Io)?;
-    let wanted = slot.fact.dtype.unwrap_or(DType::Float);
-    let found = file.dtype().descr();
-    let dims = file.shape().iter().map(|&d| d as usize).collect();
-    let wrong = || ArrayError::Data(DataError::WrongType { name: slot.name.clone(), found: found.clone(), wanted });
-    if file.order() == npyz::Order::Fortran && file.shape().len() > 1 {
-        let why = format!("array `{}` is in Fortran order; save it with np.ascontiguousarray", slot.name);
-        return Err(ArrayError::Io(io::Error::other(why)));
-    }
-    macro_rules! read {
-        ($t:ty, $convert:expr) => {
-            file.try_data::<$t>().map_err(|_| wrong())?.map(|v| v.map($convert)).collect::<Result<Vec<f64>, _>>()
-        };
-    }
-    let values = match wanted {
-        DType::Float => read!(f32, f64::from),
-        DType::Double => read!(f64, |v| v),
-        DType::Float16 => read!(half::f16, half::f16::to_f64),
-        DType::Int64 => read!(i64, |v| v as f64),
-        DType::Int32 => read!(i32, f64::from),
-        DType::Int16 => read!(i16, f64::from),
-        DType::Int8 => read!(i8, f64::from),
-        DType::Uint8 => read!(u8, f64::from),
-        DType::Uint16 => read!(u16, f64::from),
-        DType::Bool => read!(bool, |v| f64::from(u8::from(v))),
-        _ => return Err(wrong()),
-    };
-    Ok(Array { dims, values: values.map_err(ArrayError::Io)? })
-}
-
-/// Cuts each array into samples of its input's shape; also the least count of samples.
-fn cut(slots: &[Slot], arrays: BTreeMap<String, Array>) -> Result<(BTreeMap<String, Vec<Value>>, usize), DataError> {
-    let mut cut = BTreeMap::new();
-    let mut shortest = usize::MAX;
-    for (name, array) in arrays {
-        let Some(slot) = slots.iter().find(|slot| slot.name == name) else { continue };
-        let declared = slot.fact.dims.as_deref();
-        let rank = declared.map_or(array.dims.len(), <[_]>::len);
-        let (group, dims) = match array.dims.len().checked_sub(rank) {
-            Some(0) if rank > 0 => {
-                let batch = declared.and_then(|dims| dims[0]).unwrap_or(1).max(1);
-                (batch, [&[batch], &array.dims[1..]].concat())
-            }
-            Some(1) => (1, array.dims[1..].to_vec()),
-            _ => (0, Vec::new()),
-        };
-        let agrees = declared.is_none_or(|d| d.iter().zip(&dims).all(|(d, &found)| d.is_none_or(|d| d == found)));
-        if group == 0 || !agrees {
-            let wanted = format!("{:?}", declared.unwrap_or_default());
-            return Err(DataError::WrongShape { name, found: array.dims, wanted });
-        }
-        let is_float = slot.fact.dtype.is_some_and(crate::ir::tensor::is_float);
-        let size = dims.iter().product::<usize>().max(1);
-        let value = |chunk: &[f64]| Value { dims: dims.clone(), values: chunk.to_vec(), is_float };
-        let values: Vec<_> = array.values.chunks_exact(size).map(value).collect();
-        shortest = shortest.min(values.len());
-        cut.insert(name, values);
-    }
-    Ok((cut, shortest))
 }

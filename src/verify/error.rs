@@ -22,7 +22,7 @@ pub struct Pooled {
     discrete: usize,
     /// The first sample of a discrete output, and whether all others are like it.
     first: Option<Vec<f64>>,
-    varies: bool,
+    discrete_varies: bool,
     broken: bool,
     /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample.
     pub rounding: f64,
@@ -40,7 +40,7 @@ impl Pooled {
         let (y, z) = (&wanted.values, &found.values);
         if !wanted.is_float {
             let unequal = y.iter().zip(z).filter(|(a, b)| a != b).count();
-            self.varies |= self.first.as_ref().is_some_and(|first| first != y);
+            self.discrete_varies |= self.first.as_ref().is_some_and(|first| first != y);
             self.first.get_or_insert_with(|| y.clone());
             self.unequal += unequal;
             self.discrete += y.len();
@@ -68,47 +68,64 @@ impl Pooled {
         self.elements += y.len();
         let scale = norm.sqrt().max(FLAT * (y.len() as f64).sqrt());
         self.rounding = super::max(self.rounding, if difference == 0.0 { 0.0 } else { difference.sqrt() / scale });
-        if let [1, classes] = wanted.dims[..]
+        if let [_, classes] = wanted.dims[..]
             && classes > 1
         {
-            self.classified += 1;
-            self.flipped += usize::from(argmax(y) != argmax(z));
+            let rows = y.chunks_exact(classes).zip(z.chunks_exact(classes));
+            self.classified += rows.len();
+            self.flipped += rows.filter(|(a, b)| argmax(a) != argmax(b)).count();
         }
     }
 
-    /// ‖Y−Y'‖ / ‖Y−Ȳ‖, or the share of unequal elements of a discrete output; infinite where shapes, NaN or Inf differ;
-    /// `None` where the samples don't exercise the output.
+    /// ‖Y−Y'‖ over [`scale`](Self::scale), or the share of unequal elements of a discrete output; infinite where shapes, NaN
+    /// or Inf differ.
     #[must_use]
-    pub fn error(&self) -> Option<f64> {
+    pub fn error(&self) -> f64 {
         if self.broken {
-            return Some(f64::INFINITY);
+            f64::INFINITY
+        } else if self.discrete > 0 {
+            self.unequal as f64 / self.discrete as f64
+        } else if self.difference == 0.0 {
+            0.0
+        } else {
+            self.difference.sqrt() / self.scale()
         }
-        if self.discrete > 0 {
-            return Some(self.unequal as f64 / self.discrete as f64);
-        }
-        self.spread().map(|spread| self.difference.sqrt() / spread)
     }
 
-    /// ‖Y−Ȳ‖ of a floating-point output; `None` where it is too small to judge by.
+    /// What the error of a floating-point output is relative to: its spread ‖Y−Ȳ‖, but never less than what makes it
+    /// [vary](Self::varies), so that an output which stands still must nearly keep its value.
     #[must_use]
-    pub fn spread(&self) -> Option<f64> {
+    pub fn scale(&self) -> f64 {
+        self.spread().max(self.floor())
+    }
+
+    /// Whether the samples exercise the output: they give it a spread of more than 10⁻³ of its size, or different values
+    /// where it is discrete.
+    #[must_use]
+    pub fn varies(&self) -> bool {
+        if self.discrete > 0 { self.discrete_varies } else { self.spread() > self.floor() }
+    }
+
+    fn spread(&self) -> f64 {
         let of_mean = |(sums, count): &(Vec<f64>, usize)| sums.iter().map(|s| s * s).sum::<f64>() / *count as f64;
         let mean_part: f64 = self.sums.values().map(of_mean).sum();
-        let spread = (self.sum_of_squares - mean_part).max(0.0).sqrt();
-        let floor = (FLAT * self.sum_of_squares.sqrt()).max(FLAT * (self.elements as f64).sqrt());
-        (spread > floor).then_some(spread)
+        (self.sum_of_squares - mean_part).max(0.0).sqrt()
     }
 
-    /// Whether the samples so far alone put the error of an output of this `spread` over all of them above `limit`.
-    #[must_use]
-    pub fn exceeds(&self, limit: f64, spread: Option<f64>) -> bool {
-        self.broken || spread.is_some_and(|spread| self.difference.sqrt() > limit * spread)
+    fn floor(&self) -> f64 {
+        (FLAT * self.sum_of_squares.sqrt()).max(FLAT * (self.elements as f64).sqrt())
     }
 
-    /// Whether a discrete output is the same for every sample.
+    /// Whether the samples so far alone put the error of an output of this `scale` over all of them above `limit`.
     #[must_use]
-    pub fn stands_still(&self) -> bool {
-        self.discrete > 0 && !self.varies
+    pub fn exceeds(&self, limit: f64, scale: f64) -> bool {
+        self.broken || self.discrete == 0 && self.difference.sqrt() > limit * scale
+    }
+
+    /// Whether the output looks like class scores: rows of several numbers.
+    #[must_use]
+    pub fn classifies(&self) -> bool {
+        self.classified > 0
     }
 
     /// The share of samples whose largest class score moved.
@@ -137,7 +154,7 @@ mod tests {
         for sample in samples {
             pool.add(&value(&sample), &value(&[2.0, 1.0, 1.0]));
         }
-        assert!((pool.error().unwrap() - 1.0).abs() < 1e-12);
+        assert!(pool.varies() && (pool.error() - 1.0).abs() < 1e-12);
     }
 
     #[test]
@@ -145,16 +162,27 @@ mod tests {
         for (wanted, found) in [(f64::NAN, 1.0), (1.0, f64::NAN), (f64::INFINITY, f64::NEG_INFINITY)] {
             let mut pool = Pooled::default();
             pool.add(&value(&[wanted, 2.0]), &value(&[found, 2.0]));
-            assert_eq!(pool.error(), Some(f64::INFINITY));
+            assert_eq!(pool.error(), f64::INFINITY);
         }
     }
 
     #[test]
-    fn an_output_that_does_not_vary_is_not_judged() {
-        let mut pool = Pooled::default();
-        for _ in 0..3 {
-            pool.add(&value(&[1.0, 2.0]), &value(&[0.0, 0.0]));
+    fn an_output_that_does_not_vary_must_nearly_keep_its_value() {
+        for (found, good) in [([1.0, 2.0], true), ([1.00001, 2.0], true), ([1.01, 2.0], false), ([0.0, 0.0], false)] {
+            let mut pool = Pooled::default();
+            (0..3).for_each(|_| pool.add(&value(&[1.0, 2.0]), &value(&found)));
+            assert!(!pool.varies());
+            assert_eq!(pool.error() < 0.05, good, "{}", pool.error());
         }
-        assert_eq!(pool.error(), None);
+    }
+
+    #[test]
+    fn outputs_of_different_sizes_have_means_of_their_own() {
+        let mut pool = Pooled::default();
+        for sample in [&[1.0, 2.0][..], &[5.0, 6.0, 7.0], &[3.0, 2.0], &[5.0, 6.0, 9.0]] {
+            let mean: &[f64] = if sample.len() == 2 { &[2.0, 2.0] } else { &[5.0, 6.0, 8.0] };
+            pool.add(&value(sample), &value(mean));
+        }
+        assert!((pool.error() - 1.0).abs() < 1e-12, "{}", pool.error());
     }
 }

@@ -46,7 +46,8 @@ fn compare_graphs(
     let mut wanted: BTreeMap<Outlet, Outlet> = BTreeMap::new();
     let mut want = |x: Outlet, y: Outlet| {
         let (x, y) = (old.canonical(x), source(b, y));
-        let settled = is_source(a, x) && is_source(b, y) || kept.contains(&x.node) && twins.contains_key(&y.node);
+        let settled = is_source(a, x) && is_source(b, y) && old.is_same(x, b, y)
+            || twins.get(&y.node) == Some(&x.node) && x.slot == y.slot;
         if !settled {
             wanted.insert(x, y);
         }
@@ -69,10 +70,8 @@ fn compare_graphs(
     }
     for (y, x) in twins {
         let (Some(was), Some(is)) = (a.op(x), b.op(y)) else { continue };
-        let fact = |(i, value)| (i, shapes.fact(value).cloned().unwrap_or_default());
-        let captured: BTreeMap<_, _> = a.captures(x).into_iter().map(fact).collect();
         for (old, new) in was.bodies.iter().zip(&is.bodies) {
-            let inside = Shapes::infer_body(&old.graph, &captured);
+            let inside = shapes.inside(a, x, &old.graph);
             compare_graphs(from, (&old.graph, &inside), &new.graph, difference)?;
         }
     }

@@ -104,7 +104,7 @@ fn passes_are_listed_and_explained() {
     assert!(list.contains("svd              lossy"), "{list}");
     let help = text(&run(&["passes", "svd"]).stdout);
     assert!(help.contains(":rank=") && help.contains("Applies when"), "{help}");
-    assert_eq!(run(&["passes", "nothing"]).status.code(), Some(1));
+    assert_eq!(run(&["passes", "nothing"]).status.code(), Some(2));
 }
 
 #[test]
@@ -115,4 +115,105 @@ fn the_report_says_what_each_pass_removed() {
     let svd = report["passes"].as_array().unwrap().iter().find(|pass| pass["pass"] == "svd").unwrap();
     assert!(svd["bytes_removed"].as_i64().unwrap() > 400_000, "{svd}");
     assert!(report["difference"]["error"].as_f64().unwrap() <= 0.05);
+}
+
+#[test]
+fn diff_tells_same_from_different_from_trouble() {
+    let (a, b) = (fixture("models/mnist_lenet300.onnx"), fixture("models/ppocr_cls.onnx"));
+    let same = run(&["diff", path(&a), path(&a)]);
+    assert_eq!((same.status.code(), text(&same.stdout).as_str()), (Some(0), ""));
+    let different = run(&["diff", path(&a), path(&b)]);
+    assert_eq!(different.status.code(), Some(1));
+    assert!(text(&different.stdout).contains("@@"), "{}", text(&different.stdout));
+    let trouble = run(&["diff", path(&a), "nowhere.onnx"]);
+    assert_eq!(trouble.status.code(), Some(2));
+    assert!(text(&trouble.stderr).contains("nowhere.onnx"));
+}
+
+#[test]
+fn what_takes_too_much_memory_is_not_run() {
+    let input = fixture("models/fmnist_vgg.onnx");
+    for more in [&["--max-memory", "1M"][..], &["--shape", "input=1000000000x1x28x28"]] {
+        let output = run(&[&[path(&input), "out.onnx", "--passes", "svd", "--dry-run"], more].concat());
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("--max-memory"), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn an_engine_that_is_not_there_is_named_with_what_to_do() {
+    let input = fixture("models/mnist_lenet300.onnx");
+    let args = [path(&input), "out.onnx", "--dry-run", "--engine", "onnxruntime"];
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_onnx-shrink")).args(args).env_remove("ORT_DYLIB_PATH").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("--onnxruntime-lib"), "{}", text(&output.stderr));
+    let output = run(&[&args[..], &["--onnxruntime-lib", path(&input)]].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("is no library of ONNX Runtime"), "{}", text(&output.stderr));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/fmnist_vgg.onnx"), fixture("data/fashion.npz"));
+    let child = Command::new(env!("CARGO_BIN_EXE_onnx-shrink"))
+        .args([path(&model), path(&folder.path().join("out.onnx")), "--passes", "svd,prune", "--data", path(&data)])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It searches for seconds; after half of one it is in the middle.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let interrupted = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none());
+}
+
+#[test]
+fn what_is_asked_for_and_can_not_be_is_told_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("m.onnx");
+    std::fs::copy(fixture("models/mnist_lenet300.onnx"), &file).unwrap();
+    let (model, out, nowhere) = (path(&file), folder.path().join("o.onnx"), folder.path().join("no/o.onnx"));
+    for (args, code, word) in [
+        (&[model, path(&out), "--report", model][..], 2, "is IN already"),
+        (&[model, path(&out), "--report", path(&out)], 2, "is OUT already"),
+        (&[model, path(&nowhere)], 1, "there is no folder"),
+        (&[model, path(folder.path())], 1, "it is a folder"),
+        (&[model, path(&out), "--keep", "nothing*"], 2, "matches no node"),
+        (&[model, path(&out), "--passes", "svd,,prune"], 2, "a name is missing"),
+        (&[model, path(&out), "--passes", "svd", "--no-verify"], 2, "found by measuring"),
+        (&[model, path(&out), "--shape", "input=1x3x28x28"], 2, "is declared as ?x1x28x28"),
+        (&[model, path(&out), "--input", "nope=1"], 2, "no input `nope`"),
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains(word), "{args:?}: {}", text(&output.stderr));
+    }
+    assert!(!out.exists());
+    assert!(std::fs::read(&file).unwrap() == std::fs::read(fixture("models/mnist_lenet300.onnx")).unwrap());
+}
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_and_devices_are_written_into() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, link) = (folder.path().join("m.onnx"), folder.path().join("link.onnx"));
+    let input = fixture("models/ppocr_cls.onnx");
+    std::fs::copy(&input, &file).unwrap();
+    std::os::unix::fs::symlink("m.onnx", &link).unwrap();
+    assert!(run(&[path(&link), path(&link)]).status.success());
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert!(std::fs::read(&file).unwrap().len() < std::fs::read(&input).unwrap().len());
+    // A pipe stands for any file that can't be replaced.
+    let pipe = folder.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::read(pipe).unwrap()
+    });
+    assert!(run(&[path(&input), path(&pipe)]).status.success());
+    assert!(reader.join().unwrap() == std::fs::read(&file).unwrap());
 }

@@ -21,7 +21,7 @@ fn job(passes: &str, data: Option<&str>) -> Job {
         request: Request { data: data.map(fixture), ..Request::default() },
         max_error: None,
         max_flips: None,
-        keep: globset::GlobSet::empty(),
+        keep: Vec::new(),
         keep_initializer_inputs: false,
         verify: true,
     }
@@ -171,9 +171,8 @@ fn pruning_removes_channels_with_everything_downstream() {
 #[test]
 fn kept_layers_are_left_alone_and_named() {
     let model = open("models/mnist_lenet300.onnx");
-    let mut keep = globset::GlobSetBuilder::new();
-    keep.add(globset::Glob::new("*").unwrap());
-    let job = Job { keep: keep.build().unwrap(), verify: false, ..job("svd:rank=8,prune:ratio=0.5", None) };
+    let keep = vec![globset::Glob::new("*").unwrap()];
+    let job = Job { keep, verify: false, ..job("svd:rank=8,prune:ratio=0.5", None) };
     let (same, report) = shrink(&model, &job, &mut |_| {}).unwrap();
     assert!(same.encode() == model.encode());
     assert!(report.passes.iter().any(|pass| pass.declined.iter().any(|why| why.contains("kept by --keep"))));
@@ -204,4 +203,36 @@ fn a_missing_output_is_no_match() {
     let reference = Reference::new(&Engine::default(), &more, samples.part(Split::Last)).unwrap();
     assert_eq!(reference.compare(&more).unwrap().error, 0.0);
     assert_eq!(reference.compare(&model).unwrap().error, f64::INFINITY);
+}
+
+#[test]
+fn a_rewired_output_or_capture_is_no_match_region_by_region() {
+    let head = "<ir_version: 8, opset_import: [\"\": 17]>\n";
+    let output = |which: &str| {
+        format!(
+            "g (float[4] x) => (float[4] o)\n{{\n p = Relu (x)\n q = Neg (x)\n s = Add (p, q)\n o = Identity ({which})\n}}\n"
+        )
+    };
+    let capture = |which: &str| {
+        format!(
+            "g (float[4] x, bool c) => (float[4] o, float[4] s)\n{{\n p = Relu (x)\n q = Neg (x)\n s = Add (p, q)\n \
+             o = If (c) <then_branch = yes () => (float[4] t) {{ t = Sin ({which}) }}, \
+             else_branch = no () => (float[4] e) {{ e = Cos (x) }}>\n}}\n"
+        )
+    };
+    for (a, b) in [(output("p"), output("q")), (capture("p"), capture("q"))] {
+        let [a, b] = [a, b].map(|text| onnx_shrink::text::parse(&format!("{head}{text}")).unwrap());
+        let compare = |b: &Model| compare_regions(&Engine::default(), &a, b, &std::collections::BTreeMap::new());
+        assert!(compare(&a).unwrap().rounding <= ROUNDING_BUDGET);
+        assert!(compare(&b).is_err() || compare(&b).unwrap().rounding > ROUNDING_BUDGET);
+    }
+}
+
+#[test]
+fn a_given_strength_stays_when_others_obey_the_budget() {
+    let model = open("models/mnist_lenet300.onnx");
+    let (small, report) = shrink(&model, &job("svd:rank=8,prune", Some("data/mnist.npz")), &mut |_| {}).unwrap();
+    assert!(report.passes.iter().any(|pass| pass.pass == "svd:rank=8" && pass.bytes_removed > 700_000), "{report:?}");
+    assert!(small.encode().len() * 4 < model.encode().len());
+    assert!(report.notes.iter().any(|note| note.contains("above the default budget")), "{:?}", report.notes);
 }

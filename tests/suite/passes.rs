@@ -89,3 +89,32 @@ fn every_fixture_of_a_pass_keeps_its_claim() {
         }
     }
 }
+
+#[test]
+fn what_is_not_known_is_not_taken_for_absent() {
+    let head = "<ir_version: 8, opset_import: [\"\": 17]>\n";
+    for (why, graph) in [
+        (
+            "the axis may be the other one",
+            "g (float[2,3] x, int64[1] axis) => (float[N,M] y)\n<int64[1] begin = {0}, int64[1] end = {2}>\n\
+             {\n a = Slice (x, begin, end, axis)\n y = Relu (a)\n}\n",
+        ),
+        (
+            "a caller may feed another k",
+            "g (float[4] x, int64[1] k) => (float[N] y)\n<int64[1] k = {2}>\n\
+             {\n kk = Mul (k, k)\n n = Cast <to = 1> (kk)\n y = Mul (x, n)\n}\n",
+        ),
+        (
+            "the steps may be negative",
+            "g (float[2,3] x, int64[1] steps) => (float[N,M] y)\n\
+             <int64[1] begin = {0}, int64[1] end = {2}, int64[1] axes = {0}>\n\
+             {\n a = Slice (x, begin, end, axes, steps)\n y = Relu (a)\n}\n",
+        ),
+    ] {
+        let mut model = text::parse(&format!("{head}{graph}")).unwrap();
+        let before = model.graph.ops().len();
+        let simplify = pipeline::parse("simplify").unwrap();
+        pipeline::run(&simplify, &mut model, &mut Context::default(), Price::default()).unwrap();
+        assert_eq!(model.graph.ops().len(), before, "{why}: {}", text::print(&model));
+    }
+}

@@ -68,7 +68,7 @@ fn lossy_passes_are_searched_and_checked_in_onnxruntime() {
             request: request(),
             max_error: None,
             max_flips: None,
-            keep: globset::GlobSet::empty(),
+            keep: Vec::new(),
             keep_initializer_inputs: false,
             verify: true,
         };

@@ -19,7 +19,12 @@ const BROADCAST: &[&str] = &[
 pub(super) fn apply(channels: &mut Channels, graph: &Graph, shapes: &Shapes, node: NodeId) {
     let Some(op) = graph.op(node) else { return };
     let mut rule = Rule { channels, graph, shapes, node, op, seen: BTreeSet::new() };
-    let done = rule.dispatch();
+    // Of results beyond the first, only the parts of a Split are followed.
+    let more = !op.is("Split")
+        && (1..graph.output_count(node)).any(|s| graph.is_output(node.at(s)) || !graph.uses(node.at(s)).is_empty());
+    // Before opset 7, operands were aligned by an attribute.
+    let aligned = graph.opset() < 7 && op.standard().is_some_and(|op| BROADCAST.contains(&op));
+    let done = if more || aligned { None } else { rule.dispatch() };
     let seen = if done.is_some() { rule.seen } else { BTreeSet::new() };
     let why = format!("{} `{}` can't be seen through", op.op_type(), graph.label(node));
     let operands = graph.operands(node).into_iter().flatten().chain(graph.captures(node).into_values());

@@ -11,7 +11,8 @@ use crate::{
 pub(super) struct Rule<'a> {
     pub(super) op: &'a Op,
     pub(super) opset: i64,
-    pub(super) inputs: &'a [Fact],
+    /// What is known of each operand; `None` for one that is left out.
+    pub(super) inputs: &'a [Option<Fact>],
     pub(super) constants: &'a [Option<&'a Tensor>],
 }
 
@@ -19,19 +20,21 @@ impl Rule<'_> {
     pub(super) fn facts(&self, outputs: usize) -> Option<Vec<Fact>> {
         if !self.constants.is_empty()
             && self.constants.iter().all(Option::is_some)
-            && self.inputs.iter().all(|fact| fact.ints.is_some())
+            && self.inputs.iter().flatten().all(|fact| fact.ints.is_some())
             && let Some(values) = eval::evaluate(self.op, self.opset, self.constants)
         {
             return Some(values.iter().map(Fact::of).collect());
         }
-        let x = self.inputs.first()?;
+        let x = self.input(0)?;
         let same = || Some(vec![Fact { ints: None, ..x.clone() }]);
         let one = |dims: Option<Vec<Dim>>| Some(vec![Fact::new(x.dtype, dims?)]);
         match self.op.standard()? {
             "Identity" => Some(vec![x.clone()]),
             "Cast" => {
                 let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
-                Some(vec![Fact { dtype: to, ..x.clone() }])
+                // Other types round or wrap.
+                let ints = x.ints.clone().filter(|_| to == Some(DType::Int64));
+                Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
             "Dropout" => {
                 let mask = Fact { dtype: Some(DType::Bool), dims: x.dims.clone(), ints: None };
@@ -41,7 +44,7 @@ impl Rule<'_> {
                 self.elementwise(x.dtype)
             }
             "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual" => self.elementwise(Some(DType::Bool)),
-            "Where" => self.elementwise(self.inputs.get(1)?.dtype),
+            "Where" => self.elementwise(self.input(1)?.dtype),
             "Conv" => one(self.conv()),
             "ConvTranspose" => one(self.conv_transpose()),
             "MaxPool" | "AveragePool" | "LpPool" => one(self.pool()),
@@ -76,16 +79,30 @@ impl Rule<'_> {
         }
     }
 
+    fn input(&self, slot: usize) -> Option<&Fact> {
+        self.inputs.get(slot)?.as_ref()
+    }
+
+    /// What is known of the shape of an operand.
+    fn dims(&self, slot: usize) -> Option<&Vec<Dim>> {
+        self.input(slot)?.dims.as_ref()
+    }
+
     fn elementwise(&self, dtype: Option<DType>) -> Option<Vec<Fact>> {
-        let mut dims: Vec<Dim> = Vec::new();
-        for input in self.inputs {
-            dims = broadcast(&dims, input.dims.as_ref()?);
+        // Before opset 7, operands were aligned by an attribute.
+        if self.opset < 7 && (self.op.int("broadcast").is_some() || self.op.op_type() == "PRelu") {
+            return None;
         }
+        let mut dims: Vec<Dim> = Vec::new();
+        for slot in 0..self.inputs.len() {
+            dims = broadcast(&dims, self.dims(slot)?);
+        }
+        let int64 = dtype == Some(DType::Int64);
         let ints = match self.inputs {
-            [Fact { ints: Some(a), .. }, Fact { ints: Some(b), .. }]
-                if a.len() == b.len() || a.len() == 1 || b.len() == 1 =>
+            [Some(Fact { ints: Some(a), .. }), Some(Fact { ints: Some(b), .. })]
+                if int64 && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
             {
-                let n = a.len().max(b.len());
+                let n = if a.len() == 1 { b.len() } else { a.len() };
                 let at = |v: &[Option<i64>], i: usize| v[if v.len() == 1 { 0 } else { i }];
                 let f = |x: i64, y: i64| match self.op.op_type() {
                     "Add" => x.checked_add(y),
@@ -101,12 +118,19 @@ impl Rule<'_> {
         Some(vec![Fact { dtype, dims: Some(dims), ints }])
     }
 
+    /// An attribute of one integer for each of `n` spatial axes, or the default.
+    fn per_axis(&self, name: &str, n: usize, default: i64) -> Option<Vec<i64>> {
+        match self.op.ints(name) {
+            Some(values) => (values.len() == n).then(|| values.to_vec()),
+            None => Some(vec![default; n]),
+        }
+    }
+
     fn spatial(&self, kernel: &[usize]) -> Option<Vec<Dim>> {
-        let x = self.inputs[0].dims.as_ref()?;
-        let ints =
-            |name: &str, n: usize, default: i64| self.op.ints(name).map_or_else(|| vec![default; n], <[i64]>::to_vec);
+        let x = self.dims(0)?;
         let n = kernel.len();
-        let (strides, dilations, pads) = (ints("strides", n, 1), ints("dilations", n, 1), ints("pads", 2 * n, 0));
+        let (strides, dilations) = (self.per_axis("strides", n, 1)?, self.per_axis("dilations", n, 1)?);
+        let pads = self.per_axis("pads", 2 * n, 0)?;
         let auto = self.op.string("auto_pad").unwrap_or("NOTSET");
         let ceil = self.op.int("ceil_mode") == Some(1);
         (0..n)
@@ -116,42 +140,47 @@ impl Rule<'_> {
                 if auto.starts_with("SAME") {
                     return Some(Some(extent.div_ceil(stride)));
                 }
-                let pad = if auto == "VALID" { 0 } else { pads.get(i)? + pads.get(i + n)? };
-                let span = *dilations.get(i)? * (kernel[i] as i64 - 1) + 1;
-                let room = usize::try_from(extent as i64 + pad - span).ok()?;
+                let pad = if auto == "VALID" { 0 } else { pads[i].checked_add(pads[i + n])? };
+                let span = dilations[i].checked_mul(kernel[i] as i64 - 1)?.checked_add(1)?;
+                let room = usize::try_from((extent as i64).checked_add(pad)?.checked_sub(span)?).ok()?;
+                // Whether a window counts that starts in the padding at the end differs between versions.
+                if ceil && !room.is_multiple_of(stride) && pad > 0 {
+                    return Some(None);
+                }
                 Some(Some(if ceil { room.div_ceil(stride) } else { room / stride } + 1))
             })
             .collect()
     }
 
     fn conv(&self) -> Option<Vec<Dim>> {
-        let w: Vec<usize> = self.inputs.get(1)?.dims.as_ref()?.iter().copied().collect::<Option<_>>()?;
-        let mut dims = vec![*self.inputs[0].dims.as_ref()?.first()?, Some(*w.first()?)];
+        let w: Vec<usize> = self.dims(1)?.iter().copied().collect::<Option<_>>()?;
+        let mut dims = vec![*self.dims(0)?.first()?, Some(*w.first()?)];
         dims.extend(self.spatial(w.get(2..)?)?);
         Some(dims)
     }
 
     fn conv_transpose(&self) -> Option<Vec<Dim>> {
-        let x = self.inputs[0].dims.as_ref()?;
-        let w: Vec<usize> = self.inputs.get(1)?.dims.as_ref()?.iter().copied().collect::<Option<_>>()?;
+        let x = self.dims(0)?;
+        let w: Vec<usize> = self.dims(1)?.iter().copied().collect::<Option<_>>()?;
         let group = usize::try_from(self.op.int("group").unwrap_or(1)).ok()?;
         let n = w.len().checked_sub(2)?;
-        let ints =
-            |name: &str, n: usize, default: i64| self.op.ints(name).map_or_else(|| vec![default; n], <[i64]>::to_vec);
-        let (strides, dilations, pads) = (ints("strides", n, 1), ints("dilations", n, 1), ints("pads", 2 * n, 0));
-        let (extra, fixed) = (ints("output_padding", n, 0), self.op.ints("output_shape"));
+        let (strides, dilations) = (self.per_axis("strides", n, 1)?, self.per_axis("dilations", n, 1)?);
+        let (pads, extra) = (self.per_axis("pads", 2 * n, 0)?, self.per_axis("output_padding", n, 0)?);
+        let fixed = self.op.ints("output_shape");
         let auto = self.op.string("auto_pad").unwrap_or("NOTSET").starts_with("SAME");
-        let mut dims = vec![*x.first()?, Some(w.get(1)? * group)];
+        let mut dims = vec![*x.first()?, Some(w[1].checked_mul(group)?)];
         for i in 0..n {
             let extent = *x.get(i + 2)?;
+            let grown = |extent: usize| {
+                let grown = strides[i].checked_mul(extent as i64)?;
+                let span = dilations[i].checked_mul(w[i + 2] as i64 - 1)?.checked_add(1)?;
+                let added = extra[i].checked_add(span)?.checked_sub(strides[i])?;
+                let full = grown.checked_add(added)?.checked_sub(pads[i])?.checked_sub(pads[i + n])?;
+                usize::try_from(if auto { grown } else { full }).ok()
+            };
             dims.push(match fixed {
-                Some(fixed) => usize::try_from(*fixed.get(fixed.len() - n + i)?).ok(),
-                None => extent.and_then(|extent| {
-                    let grown = strides[i] * extent as i64;
-                    let span = dilations[i] * (w[i + 2] as i64 - 1) + 1;
-                    let full = grown - strides[i] + extra[i] + span - pads[i] - pads[i + n];
-                    usize::try_from(if auto { grown } else { full }).ok()
-                }),
+                Some(fixed) => usize::try_from(*fixed.get((fixed.len() + i).checked_sub(n)?)?).ok(),
+                None => extent.and_then(grown),
             });
         }
         Some(dims)
@@ -160,7 +189,7 @@ impl Rule<'_> {
     fn pool(&self) -> Option<Vec<Dim>> {
         let kernel: Vec<_> =
             self.op.ints("kernel_shape")?.iter().map(|&k| usize::try_from(k).ok()).collect::<Option<_>>()?;
-        let mut dims = self.inputs[0].dims.as_ref()?.get(..2)?.to_vec();
+        let mut dims = self.dims(0)?.get(..2)?.to_vec();
         dims.extend(self.spatial(&kernel)?);
         Some(dims)
     }
@@ -168,13 +197,13 @@ impl Rule<'_> {
     fn gemm(&self) -> Option<Vec<Dim>> {
         let side = |slot: usize, flag: &str, plain: usize| {
             let transposed = self.op.int(flag) == Some(1);
-            self.inputs.get(slot)?.dims.as_ref()?.get(if transposed { 1 - plain } else { plain }).copied()
+            self.dims(slot)?.get(if transposed { 1 - plain } else { plain }).copied()
         };
         Some(vec![side(0, "transA", 0)?, side(1, "transB", 1)?])
     }
 
     fn matmul(&self) -> Option<Vec<Dim>> {
-        let (a, b) = (self.inputs[0].dims.as_ref()?, self.inputs.get(1)?.dims.as_ref()?);
+        let (a, b) = (self.dims(0)?, self.dims(1)?);
         if a.is_empty() || b.is_empty() {
             return None;
         }
@@ -190,48 +219,55 @@ impl Rule<'_> {
     }
 
     fn concat(&self) -> Option<Vec<Fact>> {
-        let first = self.inputs[0].dims.as_ref()?;
+        let first = self.dims(0)?;
         let at = axis(self.op.int("axis")?, first.len())?;
+        let parts = (0..self.inputs.len()).map(|slot| self.dims(slot)).collect::<Option<Vec<_>>>()?;
+        if parts.iter().any(|part| part.len() != first.len()) {
+            return None;
+        }
         let mut dims = first.clone();
-        dims[at] = self.inputs.iter().map(|fact| *fact.dims.as_ref()?.get(at)?).sum();
-        for input in self.inputs {
+        dims[at] = parts.iter().map(|part| part[at]).try_fold(0_usize, |sum, d| sum.checked_add(d?));
+        for part in parts {
             for (i, d) in dims.iter_mut().enumerate().filter(|(i, _)| *i != at) {
-                *d = d.or(*input.dims.as_ref()?.get(i)?);
+                *d = d.or(part[i]);
             }
         }
-        let ints = self.inputs.iter().map(|fact| fact.ints.clone()).collect::<Option<Vec<_>>>();
+        let ints = self.inputs.iter().map(|fact| fact.as_ref()?.ints.clone()).collect::<Option<Vec<_>>>();
         let ints = ints.map(|parts| parts.concat()).filter(|ints| first.len() == 1 && ints.len() <= MAX_FOLLOWED);
-        Some(vec![Fact { dtype: self.inputs[0].dtype, dims: Some(dims), ints }])
+        Some(vec![Fact { dtype: self.input(0)?.dtype, dims: Some(dims), ints }])
     }
 
     fn split(&self, outputs: usize) -> Option<Vec<Fact>> {
-        let dims = self.inputs[0].dims.as_ref()?;
+        let dims = self.dims(0)?;
         let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
-        let parts: Vec<Dim> = if let Some(parts) = self.integers("split", 1) {
-            parts.into_iter().map(|p| usize::try_from(p?).ok()).collect()
-        } else {
-            let each = dims[at].map(|d| d.div_ceil(outputs));
-            (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
+        let parts: Vec<Dim> = match self.integers("split", 1) {
+            Given::Known(parts) => parts.into_iter().map(|p| usize::try_from(p?).ok()).collect(),
+            Given::Unknown => vec![None; outputs],
+            Given::Absent => {
+                let each = dims[at].and_then(|d| (outputs > 0).then(|| d.div_ceil(outputs)));
+                (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
+            }
         };
         let part = |extent: Dim| {
             let mut dims = dims.clone();
             dims[at] = extent;
-            Fact::new(self.inputs[0].dtype, dims)
+            Some(Fact::new(self.input(0)?.dtype, dims))
         };
-        Some(parts.into_iter().map(part).collect())
+        parts.into_iter().map(part).collect()
     }
 
     /// Integers that are an attribute in old operator sets and an input in new ones.
-    fn integers(&self, attribute: &str, slot: usize) -> Option<Vec<Option<i64>>> {
-        match self.inputs.get(slot) {
-            Some(fact) if fact != &Fact::default() => fact.ints.clone(),
-            _ => self.op.ints(attribute).map(|ints| ints.iter().map(|&i| Some(i)).collect()),
+    fn integers(&self, attribute: &str, slot: usize) -> Given {
+        match (self.input(slot), self.op.ints(attribute)) {
+            (Some(fact), _) => fact.ints.clone().map_or(Given::Unknown, Given::Known),
+            (None, Some(ints)) => Given::Known(ints.iter().map(|&i| Some(i)).collect()),
+            (None, None) => Given::Absent,
         }
     }
 
     fn reshape(&self) -> Option<Vec<Dim>> {
-        let wanted = self.integers("shape", 1)?;
-        let dims = self.inputs[0].dims.as_ref();
+        let wanted = self.integers("shape", 1).known()?;
+        let dims = self.dims(0);
         let zero_copies = self.op.int("allowzero") != Some(1);
         let mut target: Vec<Dim> = Vec::with_capacity(wanted.len());
         for (i, w) in wanted.iter().enumerate() {
@@ -243,22 +279,22 @@ impl Rule<'_> {
         }
         let open: Vec<_> = (0..target.len()).filter(|&i| target[i].is_none()).collect();
         if let ([i], Some(dims)) = (&open[..], dims) {
-            let total: Option<usize> = dims.iter().copied().product();
-            let rest: usize = target.iter().flatten().product();
+            let rest = target.iter().flatten().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
+            let total = product(dims);
             target[*i] = total.and_then(|total| (rest > 0 && total.is_multiple_of(rest)).then(|| total / rest));
         }
         Some(target)
     }
 
     fn flatten(&self) -> Option<Vec<Dim>> {
-        let dims = self.inputs[0].dims.as_ref()?;
+        let dims = self.dims(0)?;
         let at = self.op.int("axis").unwrap_or(1);
         let at = if at == dims.len() as i64 { dims.len() } else { axis(at, dims.len())? };
-        Some(vec![dims[..at].iter().copied().product(), dims[at..].iter().copied().product()])
+        Some(vec![product(&dims[..at]), product(&dims[at..])])
     }
 
     fn transpose(&self) -> Option<Vec<Dim>> {
-        let dims = self.inputs[0].dims.as_ref()?;
+        let dims = self.dims(0)?;
         match self.op.ints("perm") {
             Some(perm) => perm.iter().map(|&p| Some(dims[axis(p, dims.len())?])).collect(),
             None => Some(dims.iter().rev().copied().collect()),
@@ -266,24 +302,24 @@ impl Rule<'_> {
     }
 
     fn squeeze(&self) -> Option<Vec<Fact>> {
-        let x = &self.inputs[0];
+        let x = self.input(0)?;
         let dims = x.dims.as_ref()?;
         let axes: Vec<usize> = match self.integers("axes", 1) {
-            Some(axes) => axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?,
-            None if self.inputs.len() < 2 => {
+            Given::Known(axes) => axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?,
+            Given::Unknown => return None,
+            Given::Absent => {
                 let known = dims.iter().copied().collect::<Option<Vec<_>>>()?;
                 (0..known.len()).filter(|&a| known[a] == 1).collect()
             }
-            None => return None,
         };
         let kept = (0..dims.len()).filter(|a| !axes.contains(a)).map(|a| dims[a]).collect();
         Some(vec![Fact { dims: Some(kept), ..x.clone() }])
     }
 
     fn unsqueeze(&self) -> Option<Vec<Fact>> {
-        let x = &self.inputs[0];
+        let x = self.input(0)?;
         let dims = x.dims.as_ref()?;
-        let axes = self.integers("axes", 1)?;
+        let axes = self.integers("axes", 1).known()?;
         let rank = dims.len() + axes.len();
         let axes: Vec<_> = axes.into_iter().map(|a| axis(a?, rank)).collect::<Option<_>>()?;
         let mut rest = dims.iter().copied();
@@ -295,9 +331,9 @@ impl Rule<'_> {
 
     fn shape(&self) -> Vec<Fact> {
         let int64 = Some(DType::Int64);
-        let Some(dims) = &self.inputs[0].dims else { return vec![Fact::new(int64, vec![None])] };
+        let Some(dims) = self.dims(0) else { return vec![Fact::new(int64, vec![None])] };
         let rank = dims.len() as i64;
-        let clamp = |i: i64| if i < 0 { i + rank } else { i }.clamp(0, rank) as usize;
+        let clamp = |i: i64| if i < 0 { i.saturating_add(rank) } else { i }.clamp(0, rank) as usize;
         let begin = clamp(self.op.int("start").unwrap_or(0));
         let end = clamp(self.op.int("end").unwrap_or(rank)).max(begin);
         let ints: Vec<_> = dims[begin..end].iter().map(|d| d.map(|d| d as i64)).collect();
@@ -305,7 +341,7 @@ impl Rule<'_> {
     }
 
     fn constant_of_shape(&self) -> Option<Vec<Fact>> {
-        let wanted = self.inputs[0].ints.as_ref()?;
+        let wanted = self.input(0)?.ints.as_ref()?;
         let dims: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
         let value = self.op.tensor("value");
         let dtype = value.as_ref().map_or(DType::Float, Tensor::dtype);
@@ -319,7 +355,7 @@ impl Rule<'_> {
     }
 
     fn gather(&self) -> Option<Vec<Fact>> {
-        let (x, indices) = (&self.inputs[0], self.inputs.get(1)?);
+        let (x, indices) = (self.input(0)?, self.input(1)?);
         let (dims, picked) = (x.dims.as_ref()?, indices.dims.as_ref()?);
         let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
         let mut target = dims[..at].to_vec();
@@ -333,77 +369,86 @@ impl Rule<'_> {
     }
 
     fn slice(&self) -> Option<Vec<Fact>> {
-        let x = &self.inputs[0];
+        let x = self.input(0)?;
         let mut dims = x.dims.clone()?;
-        let (starts, ends) = (self.integers("starts", 1), self.integers("ends", 2));
-        let axes = self.integers("axes", 3);
+        let (starts, ends) = (self.integers("starts", 1).known(), self.integers("ends", 2).known());
         let count = starts.as_ref().or(ends.as_ref()).map_or(dims.len(), Vec::len);
-        let axes = axes.unwrap_or_else(|| (0..count as i64).map(Some).collect());
-        let steps = match self.inputs.get(4) {
-            Some(fact) if fact != &Fact::default() => fact.ints.clone(),
-            _ => Some(vec![Some(1); axes.len()]),
+        let axes = match self.integers("axes", 3) {
+            Given::Known(axes) => axes,
+            Given::Unknown => return None,
+            Given::Absent => (0..count as i64).map(Some).collect(),
+        };
+        let steps = match self.input(4) {
+            Some(fact) => fact.ints.clone(),
+            None => Some(vec![Some(1); axes.len()]),
         };
         let mut ints = x.ints.clone();
         for (i, a) in axes.iter().enumerate() {
             let a = axis((*a)?, dims.len())?;
             let at = |v: &Option<Vec<Option<i64>>>| v.as_ref().and_then(|v| v.get(i).copied().flatten());
             let taken = (|| eval::slice_indices(dims[a]?, at(&starts)?, at(&ends)?, at(&steps)?))();
-            ints = ints.zip(taken.as_ref()).map(|(ints, taken)| taken.iter().map(|&i| ints[i]).collect());
+            ints = ints.zip(taken.clone()).and_then(|(ints, taken)| taken.map(|i| ints.get(i).copied()).collect());
             dims[a] = taken.map(|taken| taken.len());
         }
         Some(vec![Fact { dtype: x.dtype, dims: Some(dims), ints }])
     }
 
     fn pad(&self) -> Option<Vec<Dim>> {
-        let dims = self.inputs[0].dims.as_ref()?;
-        if self.inputs.len() > 3 {
-            return Some(vec![None; dims.len()]);
-        }
-        let Some(pads) = self.integers("pads", 1) else { return Some(vec![None; dims.len()]) };
+        let dims = self.dims(0)?;
+        let pads = self.integers("pads", 1).known().filter(|_| self.inputs.len() <= 3);
+        let Some(pads) = pads else { return Some(vec![None; dims.len()]) };
         let n = dims.len();
         let dim = |i: usize| {
-            let grown = dims[i]? as i64 + (*pads.get(i)?)? + (*pads.get(i + n)?)?;
+            let grown = (dims[i]? as i64).checked_add((*pads.get(i)?)?)?.checked_add((*pads.get(i + n)?)?)?;
             usize::try_from(grown).ok()
         };
         Some((0..n).map(dim).collect())
     }
 
     fn expand(&self) -> Option<Vec<Dim>> {
-        let wanted = self.inputs.get(1)?.ints.as_ref()?;
+        let wanted = self.input(1)?.ints.as_ref()?;
         let wanted: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
-        Some(broadcast(self.inputs[0].dims.as_ref()?, &wanted))
+        Some(broadcast(self.dims(0)?, &wanted))
     }
 
     fn resize(&self) -> Option<Vec<Dim>> {
-        let dims = self.inputs[0].dims.as_ref()?;
+        let dims = self.dims(0)?;
         let unknown = vec![None; dims.len()];
-        if self.op.ints("axes").is_some() {
+        let stretches = matches!(self.op.string("keep_aspect_ratio_policy"), None | Some("stretch"));
+        let crops = self.op.string("coordinate_transformation_mode") == Some("tf_crop_and_resize");
+        if self.op.ints("axes").is_some() || !stretches || crops {
             return Some(unknown);
         }
-        if let Some(sizes) = self.inputs.get(3).and_then(|fact| fact.ints.as_ref()) {
+        if let Some(sizes) = self.input(3) {
+            let Some(sizes) = &sizes.ints else { return Some(unknown) };
             return Some(sizes.iter().map(|s| s.and_then(|s| usize::try_from(s).ok())).collect());
         }
         let slot = if self.op.op_type() == "Resize" && self.opset >= 11 { 2 } else { 1 };
-        let Some(scales) = self.constants.get(slot).copied().flatten().and_then(Tensor::f64s) else {
+        let Some(scales) = self.constants.get(slot).copied().flatten().and_then(Tensor::f32s) else {
             return Some(unknown);
         };
         if scales.len() != dims.len() {
             return Some(unknown);
         }
-        Some(dims.iter().zip(scales).map(|(d, s)| d.map(|d| (d as f64 * s).floor() as usize)).collect())
+        // Runtimes multiply in either precision; only where both agree is the extent settled.
+        let scaled = |d: usize, s: f32| {
+            let (single, double) = ((d as f32 * s).floor() as usize, (d as f64 * f64::from(s)).floor() as usize);
+            (single == double).then_some(single)
+        };
+        Some(dims.iter().zip(scales).map(|(d, s)| scaled((*d)?, s)).collect())
     }
 
     fn reduced(&self) -> Option<Vec<Dim>> {
-        let dims = self.inputs[0].dims.as_ref()?;
+        let dims = self.dims(0)?;
         let argument = self.op.op_type().starts_with("Arg");
         let axes: Vec<usize> = if argument {
             vec![axis(self.op.int("axis").unwrap_or(0), dims.len())?]
         } else {
             match self.integers("axes", 1) {
-                Some(axes) if !axes.is_empty() => {
+                Given::Known(axes) if !axes.is_empty() => {
                     axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?
                 }
-                None if self.inputs.len() > 1 => return None,
+                Given::Unknown => return None,
                 _ if self.op.int("noop_with_empty_axes") == Some(1) => Vec::new(),
                 _ => (0..dims.len()).collect(),
             }
@@ -414,7 +459,7 @@ impl Rule<'_> {
     }
 
     fn recurrent(&self, outputs: usize) -> Option<Vec<Fact>> {
-        let (x, w) = (&self.inputs[0], self.inputs.get(2)?.dims.as_ref()?);
+        let (x, w) = (self.input(0)?, self.dims(2)?);
         let dims = x.dims.as_ref()?;
         if self.op.int("layout") == Some(1) {
             return None;
@@ -441,6 +486,27 @@ const SAME_SHAPE: &[&str] = &[
     "LpNormalization",
     "Softmax",
 ];
+
+/// Integers that an operator may be given.
+enum Given {
+    Known(Vec<Option<i64>>),
+    Unknown,
+    Absent,
+}
+
+impl Given {
+    fn known(self) -> Option<Vec<Option<i64>>> {
+        match self {
+            Self::Known(values) => Some(values),
+            Self::Unknown | Self::Absent => None,
+        }
+    }
+}
+
+/// The product of extents; unknown where one is, or where it is absurd.
+fn product(dims: &[Dim]) -> Dim {
+    dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d?))
+}
 
 /// The shape that both broadcast to; unknown against anything but a number above one is unknown.
 fn broadcast(a: &[Dim], b: &[Dim]) -> Vec<Dim> {

@@ -10,6 +10,10 @@ use crate::{
     proto::{TensorProto, TypeProto, tensor_shape_proto::dimension, type_proto},
 };
 
+/// Texts are for small models.
+const MAX_ELEMENTS: usize = 1 << 24;
+const MAX_RANK: i64 = 1 << 12;
+
 impl Parser {
     /// The data of a constant of type `kind`: `{…}`, or a generator with its arguments.
     ///
@@ -21,15 +25,17 @@ impl Parser {
         let Some((dtype, dims)) = fixed(kind) else {
             return self.wrong("a tensor type with fixed extents before this,");
         };
+        let count = dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_ELEMENTS);
+        let Some(count) = count else { return self.wrong("a constant of fewer elements before this,") };
         let tensor = if self.is_at('{') {
             self.elements(dtype, &dims)?
         } else {
             let generator = self.word()?;
             let arguments = self.list('(', ')', Self::integer)?;
             let values = match (generator.as_str(), &arguments[..]) {
-                ("normal", &[seed]) => Some(scaled(&dims, &draw(dims.iter().product(), seed))),
-                ("lowrank", &[rank, seed]) => low_rank(&dims, rank as usize, seed),
-                ("blocks", &[count, seed]) => blocks(&dims, count as usize, seed),
+                ("normal", &[seed]) => Some(scaled(&dims, &draw(count, seed))),
+                ("lowrank", &[rank @ 1..=MAX_RANK, seed]) => low_rank(&dims, rank as usize, seed),
+                ("blocks", &[blocks @ 1..=i64::MAX, seed]) => diagonal(&dims, blocks as usize, seed),
                 _ => return self.wrong("{…}, normal(seed), lowrank(rank, seed) or blocks(count, seed) before this,"),
             };
             values.and_then(|values| Tensor::floats(dtype, &dims, &values)).map(|tensor| tensor.to_proto())
@@ -106,9 +112,9 @@ fn low_rank(dims: &[usize], rank: usize, seed: i64) -> Option<Vec<f64>> {
     Some(scaled(dims, &(0..rows * columns).map(each).collect::<Vec<_>>()))
 }
 
-fn blocks(dims: &[usize], count: usize, seed: i64) -> Option<Vec<f64>> {
+fn diagonal(dims: &[usize], count: usize, seed: i64) -> Option<Vec<f64>> {
     let [rows, columns, ..] = *dims else { return None };
-    if count == 0 || rows % count != 0 || columns % count != 0 {
+    if rows % count != 0 || columns % count != 0 {
         return None;
     }
     let inner: usize = dims[2..].iter().product();

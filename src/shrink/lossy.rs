@@ -1,0 +1,139 @@
+//! Pipelines with lossy passes: those of a given strength run as they are, the others as far as the budget allows.
+
+use super::{
+    BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, fidelity, search::Search, search::is_free, within,
+};
+use crate::{
+    codec::Model,
+    pass::{Context, Fidelity, Price},
+    pipeline::{self, Item},
+    verify::{Difference, ROUNDING_BUDGET, Reference, Samples, Split},
+};
+
+/// The search aims this far below the budget, since its samples are not those of the final word.
+const MARGIN: f64 = 0.9;
+/// After a final word above the budget, the search starts over that much lower, at most so many times.
+const RETRIES: usize = 4;
+
+/// A job with lossy passes.
+pub(super) struct Lossy<'a> {
+    /// The model that was read.
+    model: &'a Model,
+    /// The same before any pass.
+    base: &'a Model,
+    job: &'a Job,
+    samples: &'a Samples,
+    /// The outputs of the original on samples that the search does not see.
+    last: Reference,
+    budget: f64,
+    report: &'a mut Report,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl<'a> Lossy<'a> {
+    pub(super) fn new(
+        model: &'a Model,
+        base: &'a Model,
+        job: &'a Job,
+        samples: &'a Samples,
+        report: &'a mut Report,
+        progress: &'a mut dyn FnMut(&str),
+    ) -> Result<Self, ShrinkError> {
+        if let Some(why) = &samples.unrunnable {
+            return Err(ShrinkError::Unrunnable(why.clone()));
+        }
+        if samples.random {
+            report.notes.push(
+                "the inputs were random, since no --data was given: they are harsher than real ones and show less; \
+                 give a few hundred real samples for a smaller file and an error that means something"
+                    .to_owned(),
+            );
+        }
+        progress("running the original");
+        let last = Reference::before_squashing(&job.request.engine, model, samples.part(Split::Last))?;
+        if last.is_flat() {
+            return Err(ShrinkError::Flat);
+        }
+        let budget = job.max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
+        Ok(Self { model, base, job, samples, last, budget, report, progress })
+    }
+
+    pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
+        let given: Vec<&Item> = self.job.items.iter().filter(|item| !is_free(item)).collect();
+        let is_lossy = given.iter().any(|item| fidelity(item) == Fidelity::Lossy);
+        let mut left = self.base.clone();
+        self.report.passes = pipeline::run(given, &mut left, cx, Price::default())?;
+        let of_given = self.last.compare(&left)?;
+        self.check_given(&of_given, is_lossy)?;
+        if self.job.items.iter().any(is_free) {
+            self.report.budget = Some(self.budget);
+            // Without a budget of its own, what comes on top is measured against what the given strengths left.
+            let from = if is_lossy && self.job.max_error.is_none() { &left } else { self.model };
+            if let Some((model, difference)) = self.search(from, cx)? {
+                self.report.difference = Some(difference);
+                return Ok(model);
+            }
+            self.report.notes.push(format!("nothing could be removed within an error of {}", self.budget));
+        } else {
+            self.report.budget = self.job.max_error;
+        }
+        self.report.difference = Some(of_given);
+        Ok(left)
+    }
+
+    /// Checks what passes of a given strength did.
+    fn check_given(&mut self, difference: &Difference, is_lossy: bool) -> Result<(), ShrinkError> {
+        within(difference.error, self.job.max_error.unwrap_or(f64::MAX))?;
+        match self.job.max_flips {
+            Some(_) if !difference.classifies => return Err(ShrinkError::NoClasses),
+            Some(budget) if difference.flips > budget => {
+                return Err(ShrinkError::Flips { found: difference.flips, budget });
+            }
+            _ => {}
+        }
+        if !is_lossy {
+            return within(difference.rounding, ROUNDING_BUDGET);
+        }
+        if self.job.max_error.is_none() && difference.error > self.budget {
+            self.report.notes.push(format!(
+                "the strengths that were given make an error of {:.4}, above the default budget of {}",
+                difference.error, self.budget
+            ));
+        }
+        Ok(())
+    }
+
+    /// Searches for the smallest model inside the budget by the error against `from`, and checks it on samples that the
+    /// search did not see; also how it differs from the original.
+    fn search(&mut self, from: &Model, cx: &mut Context) -> Result<Option<(Model, Difference)>, ShrinkError> {
+        let reference = |part| Reference::before_squashing(&self.job.request.engine, from, self.samples.part(part));
+        let (seen, last) = (reference(Split::Search)?, reference(Split::Last)?);
+        if seen.is_flat() || last.is_flat() {
+            return Err(ShrinkError::Flat);
+        }
+        let (job, budget) = (self.job, self.budget);
+        let allowed =
+            |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
+        let mut aim = budget * MARGIN;
+        let mut search = Search::new(self.base, &job.items, cx, &seen)?;
+        for _ in 0..RETRIES {
+            let Some(trial) = search.best(&|d| allowed(d, aim), budget, self.progress)? else { break };
+            (self.progress)("verifying on samples that the search did not see");
+            let difference = last.compare(&trial.model)?;
+            if allowed(&difference, budget) {
+                self.report.price = Some(trial.price);
+                self.report.passes = trial.outcomes;
+                let difference = self.last.compare(&trial.model)?;
+                return Ok(Some((trial.model, difference)));
+            }
+            self.report.notes.push(format!(
+                "a smaller model gave an error of {:.4} and other top classes on {:.1} % of the samples that the search \
+                 did not see; searched again, further below, and checked on these samples again",
+                difference.error,
+                difference.flips * 100.0
+            ));
+            aim *= 0.8 * (budget / difference.error).min(1.0);
+        }
+        Ok(None)
+    }
+}
