@@ -10,7 +10,7 @@ use crate::{
     verify::{Difference, ROUNDING_BUDGET, Reference, Samples, Split},
 };
 
-/// The search aims this far below the budget, since its samples are not those of the final word.
+/// The search never aims higher than at this share of the budget.
 const MARGIN: f64 = 0.9;
 /// After a final word above the budget, the search starts over that much lower, at most so many times.
 const RETRIES: usize = 4;
@@ -114,7 +114,8 @@ impl<'a> Lossy<'a> {
         let (job, budget) = (self.job, self.budget);
         let allowed =
             |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
-        let mut aim = budget * MARGIN;
+        // An error measured on n samples is uncertain by about one in √n: others, of whoever judges next, give another.
+        let mut aim = budget * (1.0 - (seen.samples() as f64).sqrt().recip()).min(MARGIN);
         let mut search = Search::new(self.base, &job.items, cx, &seen)?;
         for _ in 0..RETRIES {
             let Some(trial) = search.best(&|d| allowed(d, aim), budget, self.progress)? else { break };

@@ -236,3 +236,30 @@ fn a_given_strength_stays_when_others_obey_the_budget() {
     assert!(small.encode().len() * 4 < model.encode().len());
     assert!(report.notes.iter().any(|note| note.contains("above the default budget")), "{:?}", report.notes);
 }
+
+#[test]
+fn every_pass_leaves_every_model_runnable_at_any_batch() {
+    for path in models() {
+        let model = Model::open(&path).unwrap();
+        for pass in onnx_shrink::passes::PASSES {
+            let options = match pass.name {
+                "svd" => ":rank=8",
+                "prune" => ":ratio=0.3",
+                _ => "",
+            };
+            let mut after = model.clone();
+            let mut cx = Context::at(Samples::likely_shapes(&model, &Request::default()));
+            let items = pipeline::parse(&format!("dead-nodes,{}{options}", pass.name)).unwrap();
+            pipeline::run(&items, &mut after, &mut cx, Price::default()).unwrap();
+            // Half of the random samples are of a batch of two, where batches are open.
+            let samples = Samples::gather(&model, &Request::default()).unwrap();
+            let other = samples.other.as_ref().and_then(|other| Some(other.values().next()?[0]));
+            assert_eq!(other, Some(2), "{}", path.display());
+            let reference = Reference::new(&Engine::default(), &model, samples.part(Split::Last)).unwrap();
+            let difference = reference.compare(&after).unwrap();
+            let lossy = pass.fidelity == onnx_shrink::pass::Fidelity::Lossy;
+            let fits = if lossy { difference.error.is_finite() } else { difference.rounding <= ROUNDING_BUDGET };
+            assert!(fits, "{} {}: {difference:?}", path.display(), pass.name);
+        }
+    }
+}

@@ -33,7 +33,7 @@ impl Rule<'_> {
             "Cast" => {
                 let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
                 // Other types round or wrap.
-                let ints = x.ints.clone().filter(|_| to == Some(DType::Int64));
+                let ints = x.ints.clone().filter(|ints| ints.iter().flatten().all(|&i| fits(i, to)));
                 Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
             "Dropout" => {
@@ -97,10 +97,9 @@ impl Rule<'_> {
         for slot in 0..self.inputs.len() {
             dims = broadcast(&dims, self.dims(slot)?);
         }
-        let int64 = dtype == Some(DType::Int64);
         let ints = match self.inputs {
             [Some(Fact { ints: Some(a), .. }), Some(Fact { ints: Some(b), .. })]
-                if int64 && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
+                if fits(0, dtype) && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
             {
                 let n = if a.len() == 1 { b.len() } else { a.len() };
                 let at = |v: &[Option<i64>], i: usize| v[if v.len() == 1 { 0 } else { i }];
@@ -111,7 +110,7 @@ impl Rule<'_> {
                     "Div" => x.checked_div(y),
                     _ => None,
                 };
-                Some((0..n).map(|i| f(at(a, i)?, at(b, i)?)).collect())
+                Some((0..n).map(|i| f(at(a, i)?, at(b, i)?).filter(|&value| fits(value, dtype))).collect())
             }
             _ => None,
         };
@@ -486,6 +485,15 @@ const SAME_SHAPE: &[&str] = &[
     "LpNormalization",
     "Softmax",
 ];
+
+/// Whether an integer is one of the type, which is one that shapes are computed in.
+fn fits(value: i64, dtype: Option<DType>) -> bool {
+    match dtype {
+        Some(DType::Int64) => true,
+        Some(DType::Int32) => i32::try_from(value).is_ok(),
+        _ => false,
+    }
+}
 
 /// Integers that an operator may be given.
 enum Given {
