@@ -3,7 +3,10 @@
 mod dead_nodes;
 mod dedupe;
 mod fold_constants;
+mod fuse_activation;
+mod fuse_affine;
 mod fuse_batch_norm;
+mod fuse_matmul_add;
 mod identity;
 mod prune;
 mod svd;
@@ -12,13 +15,17 @@ use crate::pass::PassInfo;
 
 /// All passes. The exact and rounding ones stand in the order in which `simplify` runs them: what is dead goes first
 /// since it would be work for the others, identities before folding since they hide constants, folding before merging
-/// since it makes equal constants, and fusion last since it needs its operands to be plain constants.
+/// since it makes equal constants, and fusion last since it needs its operands to be plain constants: activations before
+/// sums and products go into the layers around them.
 pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dead_nodes::DeadNodes>(),
     PassInfo::of::<identity::Identity>(),
     PassInfo::of::<fold_constants::FoldConstants>(),
     PassInfo::of::<dedupe::Dedupe>(),
+    PassInfo::of::<fuse_activation::FuseActivation>(),
     PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
+    PassInfo::of::<fuse_matmul_add::FuseMatmulAdd>(),
+    PassInfo::of::<fuse_affine::FuseAffine>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<prune::Prune>(),
 ];

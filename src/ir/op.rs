@@ -50,6 +50,13 @@ impl Op {
         self
     }
 
+    /// The same with a floating-point attribute.
+    #[must_use]
+    pub fn with_float(mut self, name: &str, value: f32) -> Self {
+        self.set(AttributeProto { f: Some(value), ..attribute(name, AttributeType::Float) });
+        self
+    }
+
     /// The same without the attribute `name`.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {

@@ -10,8 +10,8 @@ use crate::{
     verify::{Difference, ROUNDING_BUDGET, Reference, Samples, Split},
 };
 
-/// The search never aims higher than at this share of the budget.
-const MARGIN: f64 = 0.9;
+/// The search aims between these shares of the budget.
+const MARGINS: (f64, f64) = (0.25, 0.9);
 /// After a final word above the budget, the search starts over that much lower, at most so many times.
 const RETRIES: usize = 4;
 
@@ -114,14 +114,17 @@ impl<'a> Lossy<'a> {
         let (job, budget) = (self.job, self.budget);
         let allowed =
             |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
-        // An error measured on n samples is uncertain by about one in √n: others, of whoever judges next, give another.
-        let mut aim = budget * (1.0 - (seen.samples() as f64).sqrt().recip()).min(MARGIN);
+        // An error measured on n samples is uncertain by about one in √n, and whoever judges next has others: of random
+        // ones, perhaps a handful.
+        let doubts = if self.samples.random { 2.0 } else { 1.0 };
+        let margin = (1.0 - doubts / (seen.samples() as f64).sqrt()).clamp(MARGINS.0, MARGINS.1);
+        let (mut aim, limit) = (budget * margin, budget * f64::midpoint(margin, 1.0));
         let mut search = Search::new(self.base, &job.items, cx, &seen)?;
         for _ in 0..RETRIES {
             let Some(trial) = search.best(&|d| allowed(d, aim), budget, self.progress)? else { break };
             (self.progress)("verifying on samples that the search did not see");
             let difference = last.compare(&trial.model)?;
-            if allowed(&difference, budget) {
+            if allowed(&difference, limit) {
                 self.report.price = Some(trial.price);
                 self.report.passes = trial.outcomes;
                 let difference = self.last.compare(&trial.model)?;
@@ -133,7 +136,7 @@ impl<'a> Lossy<'a> {
                 difference.error,
                 difference.flips * 100.0
             ));
-            aim *= 0.8 * (budget / difference.error).min(1.0);
+            aim *= 0.8 * (limit / difference.error).min(1.0);
         }
         Ok(None)
     }

@@ -1,0 +1,150 @@
+//! See [`FuseActivation`].
+
+use crate::{
+    ir::{DType, Graph, NodeId, Op, Outlet},
+    pass::{Context, Declare, Fidelity, Pass, everywhere},
+};
+
+/// Spell activations that exporters took apart with the fewest operators of the model's own opset.
+///
+/// Clip(x + b, 0, h) ÷ h is one `HardSigmoid`, also where it multiplies something first and is divided after:
+/// v · Clip(x + 3, 0, 6) ÷ 6 is `HardSigmoid` and `Mul`. x · HardSigmoid(x) with its usual numbers is `HardSwish` from
+/// opset 14 (Howard 2019).
+///
+/// Applies when: the numbers are constants and nothing else reads what is in between.
+///
+/// Fidelity: rounding.
+#[derive(Debug, clap::Parser)]
+#[command(name = "fuse-activation")]
+pub(super) struct FuseActivation {}
+
+impl Declare for FuseActivation {
+    const NAME: &'static str = "fuse-activation";
+    const FIDELITY: Fidelity = Fidelity::Rounding;
+}
+
+impl Pass for FuseActivation {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let mut fused = 0;
+        everywhere(graph, &mut |graph| {
+            for node in graph.ops() {
+                let sigmoid = hard_sigmoid(graph, node).is_some();
+                let swish = hard_swish(graph, node).is_some();
+                fused += usize::from(sigmoid || swish);
+            }
+        });
+        cx.add("activations fused", fused);
+        Ok(())
+    }
+}
+
+/// Numbers that were rounded to single precision on the way agree to this.
+const CLOSE: f64 = 1e-6;
+
+/// The one number that `value` is, if it is a constant of single precision.
+fn number(graph: &Graph, value: Outlet) -> Option<f64> {
+    let constant = graph.constant(value).filter(|constant| constant.dtype() == DType::Float)?;
+    match constant.f64s()?[..] {
+        [number] if constant.dims().len() <= 1 => Some(number),
+        _ => None,
+    }
+}
+
+/// The other operand and the number, where one operand of `node` is a number.
+fn with_number(graph: &Graph, node: NodeId) -> Option<(Outlet, f64)> {
+    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    number(graph, b).map(|number| (a, number)).or_else(|| Some((b, number(graph, a)?)))
+}
+
+/// Clip(x + shift, 0, high), which only `reader` reads.
+struct Clipped {
+    x: Outlet,
+    shift: f64,
+    high: f64,
+}
+
+impl Clipped {
+    fn of(graph: &Graph, value: Outlet) -> Option<Self> {
+        let op = graph.op_of(value.node, "Clip")?;
+        graph.sole_use(value)?;
+        let bound = |slot: u32, attribute: &str| match graph.operand(value.node, slot) {
+            Some(bound) => number(graph, bound),
+            None => op.float(attribute).map(f64::from),
+        };
+        let (low, high) = (bound(1, "min")?, bound(2, "max")?);
+        if low != 0.0 || high <= 0.0 {
+            return None;
+        }
+        let inner = graph.operand(value.node, 0)?;
+        let add = graph.op_of(inner.node, "Add").and_then(|_| with_number(graph, inner.node));
+        Some(match add.filter(|_| graph.sole_use(inner).is_some()) {
+            Some((x, shift)) => Self { x, shift, high },
+            None => Self { x: inner, shift: 0.0, high },
+        })
+    }
+}
+
+/// Rewrites the division or product at `node` that ends a hard sigmoid.
+fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
+    let op = graph.op(node)?.standard().filter(|_| graph.opset() >= 7)?;
+    let (x, number) = with_number(graph, node)?;
+    let scale = match op {
+        "Mul" => number,
+        "Div" if graph.operand(node, 0) == Some(x) => number.recip(),
+        _ => return None,
+    };
+    let (clipped, factor) = match Clipped::of(graph, x) {
+        Some(clipped) => (clipped, None),
+        None => {
+            graph.op_of(x.node, "Mul")?;
+            graph.sole_use(x)?;
+            let (a, b) = (graph.operand(x.node, 0)?, graph.operand(x.node, 1)?);
+            let first = Clipped::of(graph, a).map(|clipped| (clipped, b));
+            let (clipped, factor) = first.or_else(|| Some((Clipped::of(graph, b)?, a)))?;
+            (clipped, Some(factor))
+        }
+    };
+    if (clipped.high * scale - 1.0).abs() > CLOSE || graph.is_pinned(node.out()) {
+        return None;
+    }
+    let sigmoid = Op::new("HardSigmoid").with_float("alpha", scale as f32);
+    let sigmoid = sigmoid.with_float("beta", (clipped.shift * scale) as f32);
+    let name = graph.op(node)?.name().to_owned();
+    let number_at = if graph.operand(node, 0) == Some(x) { 1 } else { 0 };
+    let number = graph.operand(node, number_at)?;
+    if let Some(factor) = factor {
+        let named = format!("{}.gate", graph.name(node.out()));
+        let gate = if name.is_empty() { sigmoid } else { sigmoid.named(&format!("{name}.gate")) };
+        let gate = graph.add_op(gate, &[Some(clipped.x)], &[&named], node).out();
+        graph.edit_op(node, |op| *op = Op::new("Mul").named(&name));
+        graph.set_operand(node, 0, Some(factor));
+        graph.set_operand(node, 1, Some(gate));
+    } else {
+        graph.set_operand(node, 1, None);
+        graph.set_operand(node, 0, Some(clipped.x));
+        graph.edit_op(node, |op| *op = sigmoid.named(&name));
+    }
+    graph.sweep(x.node);
+    graph.sweep(number.node);
+    Some(())
+}
+
+/// Rewrites the product at `node` of a value and its own hard sigmoid.
+fn hard_swish(graph: &mut Graph, node: NodeId) -> Option<()> {
+    graph.op_of(node, "Mul").filter(|_| graph.opset() >= 14)?;
+    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let gates = |gate: Outlet, x: Outlet| {
+        let op = graph.op_of(gate.node, "HardSigmoid")?;
+        let near =
+            |value: Option<f32>, default: f64, wanted: f64| (value.map_or(default, f64::from) - wanted).abs() <= CLOSE;
+        let usual = near(op.float("alpha"), 0.2, 1.0 / 6.0) && near(op.float("beta"), 0.5, 0.5);
+        (usual && graph.operand(gate.node, 0) == Some(x) && graph.sole_use(gate).is_some()).then_some((x, gate))
+    };
+    let (x, gate) = gates(b, a).or_else(|| gates(a, b)).filter(|_| !graph.is_pinned(node.out()))?;
+    let name = graph.op(node)?.name().to_owned();
+    graph.set_operand(node, 1, None);
+    graph.set_operand(node, 0, Some(x));
+    graph.edit_op(node, |op| *op = Op::new("HardSwish").named(&name));
+    graph.sweep(gate.node);
+    Some(())
+}
