@@ -184,7 +184,7 @@ fn check_targets(options: &Shrink, input: &Path) -> anyhow::Result<()> {
     let same = |a: &Path, b: &Path| a == b || a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok());
     let output = options.output.as_deref().filter(|_| !options.dry_run);
     if let Some(report) = &options.report {
-        let taken = [(Some(input), "IN"), (output, "OUT")];
+        let taken = [(Some(input).filter(|path| path.as_os_str() != "-"), "IN"), (output, "OUT")];
         if let Some((_, which)) = taken.iter().find(|(path, _)| path.is_some_and(|path| same(path, report))) {
             return Err(Usage(format!("--report: {} is {which} already; name another file", report.display())).into());
         }

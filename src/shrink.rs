@@ -81,6 +81,12 @@ pub enum ShrinkError {
          unseen; give real inputs with --data, look for NaN in the weights, or use --no-verify to write the result anyway"
     )]
     Flat,
+    /// The result differs without measure.
+    #[error(
+        "the result is not what the input computes: an output has another shape, or NaN or infinity stand in other \
+         places; nothing was written"
+    )]
+    Incomparable,
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -130,7 +136,15 @@ impl ShrinkError {
     /// Whether the result failed its check or could not be checked, in contrast to not coming about.
     #[must_use]
     pub fn is_verification(&self) -> bool {
-        matches!(self, Self::Cannot(_) | Self::Unrunnable(_) | Self::Flat | Self::Differs { .. } | Self::Flips { .. })
+        matches!(
+            self,
+            Self::Cannot(_)
+                | Self::Unrunnable(_)
+                | Self::Flat
+                | Self::Incomparable
+                | Self::Differs { .. }
+                | Self::Flips { .. }
+        )
     }
 }
 

@@ -15,7 +15,7 @@ pub use self::{
 };
 use crate::{
     codec::Model,
-    ir::{Graph, Outlet},
+    ir::{Graph, Op, Outlet},
     proto::ValueInfoProto,
 };
 
@@ -80,16 +80,18 @@ pub struct Reference {
 /// Operators whose result may stand still while what goes in varies.
 const SQUASHING: &[&str] = &["Sigmoid", "Softmax", "ArgMax", "TopK", "NonMaxSuppression"];
 
-/// `model` with what goes into the last squashing operator before each of `outputs` as an output more.
+/// `model` with what goes into the last squashing operator before each of `outputs` as an output more, which is called
+/// after that output whatever the value itself is called.
 fn with_logits(model: &Model, outputs: &[String]) -> Model {
     let mut model = model.clone();
     for name in outputs {
         let found = model.graph.outputs().iter().find(|output| output.info.name() == name).map(|output| output.value);
-        if let Some(logits) = found.and_then(|value| logits(&model.graph, value))
-            && !model.graph.is_output(logits)
-        {
-            let info = ValueInfoProto { name: Some(model.graph.name(logits).to_owned()), ..ValueInfoProto::default() };
-            model.graph.push_output(logits, info);
+        if let Some(logits) = found.and_then(|value| logits(&model.graph, value)) {
+            let copy = Op::new("Identity");
+            let copy = model.graph.add_op(copy, &[Some(logits)], &[&format!("{name}.before squashing")], logits.node);
+            let name = model.graph.name(copy.out()).to_owned();
+            let info = ValueInfoProto { name: Some(name), ..ValueInfoProto::default() };
+            model.graph.push_output(copy.out(), info);
         }
     }
     model

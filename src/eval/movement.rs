@@ -80,7 +80,9 @@ fn squeeze(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
         Some(axes) => axes.into_iter().map(|a| axis(a, rank)).collect::<Option<Vec<_>>>()?,
         None => (0..rank).filter(|&a| x.dims()[a] == 1).collect(),
     };
-    if axes.iter().any(|&a| x.dims()[a] != 1) {
+    // Runtimes take an empty list of axes for none and for all.
+    let is_unclear = axes.is_empty() && call.input(1).is_some();
+    if is_unclear || axes.iter().any(|&a| x.dims()[a] != 1) {
         return None;
     }
     let dims: Vec<_> = (0..rank).filter(|a| !axes.contains(a)).map(|a| x.dims()[a]).collect();

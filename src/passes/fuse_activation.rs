@@ -93,24 +93,14 @@ fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
         "Div" if graph.operand(node, 0) == Some(x) => number.recip(),
         _ => return None,
     };
-    let (clipped, factor) = match Clipped::of(graph, x) {
-        Some(clipped) => (clipped, None),
-        None => {
-            graph.op_of(x.node, "Mul")?;
-            graph.sole_use(x)?;
-            let (a, b) = (graph.operand(x.node, 0)?, graph.operand(x.node, 1)?);
-            let first = Clipped::of(graph, a).map(|clipped| (clipped, b));
-            let (clipped, factor) = first.or_else(|| Some((Clipped::of(graph, b)?, a)))?;
-            (clipped, Some(factor))
-        }
-    };
+    let (clipped, factor) = Clipped::of(graph, x).map(|clipped| (clipped, None)).or_else(|| gated(graph, x))?;
     if (clipped.high * scale - 1.0).abs() > CLOSE || graph.is_pinned(node.out()) {
         return None;
     }
     let sigmoid = Op::new("HardSigmoid").with_float("alpha", scale as f32);
     let sigmoid = sigmoid.with_float("beta", (clipped.shift * scale) as f32);
     let name = graph.op(node)?.name().to_owned();
-    let number_at = if graph.operand(node, 0) == Some(x) { 1 } else { 0 };
+    let number_at = u32::from(graph.operand(node, 0) == Some(x));
     let number = graph.operand(node, number_at)?;
     if let Some(factor) = factor {
         let named = format!("{}.gate", graph.name(node.out()));
@@ -127,6 +117,15 @@ fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
     graph.sweep(x.node);
     graph.sweep(number.node);
     Some(())
+}
+
+/// The clipped operand of the product that `value` is, and the other operand.
+fn gated(graph: &Graph, value: Outlet) -> Option<(Clipped, Option<Outlet>)> {
+    graph.op_of(value.node, "Mul")?;
+    graph.sole_use(value)?;
+    let (a, b) = (graph.operand(value.node, 0)?, graph.operand(value.node, 1)?);
+    let first = Clipped::of(graph, a).map(|clipped| (clipped, Some(b)));
+    first.or_else(|| Some((Clipped::of(graph, b)?, Some(a))))
 }
 
 /// Rewrites the product at `node` of a value and its own hard sigmoid.

@@ -221,7 +221,9 @@ fn after(graph: &mut Graph, node: NodeId) -> Option<()> {
     let constants: Vec<_> = graph.operands(node).into_iter().flatten().filter(|value| *value != affine.x).collect();
     graph.replace_uses(node.out(), affine.x);
     graph.sweep(node);
-    constants.into_iter().for_each(|constant| _ = graph.sweep(constant.node));
+    for constant in constants {
+        graph.sweep(constant.node);
+    }
     Some(())
 }
 

@@ -57,9 +57,10 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
     let op = graph.op(node)?;
     let same_shape = || {
         let dims = shapes.dims(input)?;
-        // One unknown extent is settled by the count of elements, two are not.
+        // One unknown extent is settled by the count of elements, if there are any; two are not.
         let unknown = dims.iter().filter(|d| d.is_none()).count();
-        Some(unknown <= 1 && shapes.dims(node.out())? == dims)
+        let settled = unknown == 0 || unknown == 1 && dims.iter().flatten().all(|&d| d > 0);
+        Some(settled && shapes.dims(node.out())? == dims)
     };
     let fully_known = || Some(shapes.known(input)? == shapes.known(node.out())?);
     Some(match op.standard()? {

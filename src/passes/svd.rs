@@ -154,7 +154,7 @@ impl Svd {
             cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
             return None;
         };
-        cx.predicted += spectrum.tail(rank) / spectrum.total * layers.len() as f64;
+        cx.predicted += spectrum.tail(rank) / spectrum.total.max(f64::MIN_POSITIVE) * layers.len() as f64;
         let (left, right) = spectrum.factors(&matrix, rank);
         let flat = |m: &DMatrix<f64>| m.transpose().as_slice().to_vec();
         let left = stored.fit(&[rows, rank], &flat(&left))?;

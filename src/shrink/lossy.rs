@@ -83,7 +83,10 @@ impl<'a> Lossy<'a> {
 
     /// Checks what passes of a given strength did.
     fn check_given(&mut self, difference: &Difference, is_lossy: bool) -> Result<(), ShrinkError> {
-        within(difference.error, self.job.max_error.unwrap_or(f64::MAX))?;
+        if !difference.error.is_finite() {
+            return Err(ShrinkError::Incomparable);
+        }
+        within(difference.error, self.job.max_error.unwrap_or(f64::INFINITY))?;
         match self.job.max_flips {
             Some(_) if !difference.classifies => return Err(ShrinkError::NoClasses),
             Some(budget) if difference.flips > budget => {

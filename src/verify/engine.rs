@@ -74,6 +74,9 @@ pub enum Cannot {
     /// The element type of an input is none that can be fed.
     #[error("input `{0}` is of a type that can't be fed")]
     InputType(String),
+    /// Two models that can only be compared region by region differ as wholes.
+    #[error("the two models have different {0}, and one of them can't be run as a whole")]
+    Interface(&'static str),
     /// A model that is compared reads what the original does not.
     #[error("it has an input `{0}`, which the original lacks")]
     ForeignInput(String),

@@ -263,3 +263,15 @@ fn every_pass_leaves_every_model_runnable_at_any_batch() {
         }
     }
 }
+
+#[test]
+fn what_is_squashed_is_judged_whatever_the_passes_call_it() {
+    // The logits are an identity's, and take another name when it goes.
+    let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[1,24] x) => (float[1,20] y)\n\
+                <float[24,20] w = lowrank(4, 1), float tiny = {1e-6}>\n\
+                {\n a = MatMul (x, w)\n b = Identity (a)\n c = Sigmoid (b)\n y = Mul (c, tiny)\n}\n";
+    let model = onnx_shrink::text::parse(text).unwrap();
+    let (_, report) = shrink(&model, &job("svd:rank=4", None), &mut |_| {}).unwrap();
+    let difference = report.difference.unwrap();
+    assert!(difference.unexercised.contains(&"y".to_owned()) && difference.error < 1e-3, "{difference:?}");
+}

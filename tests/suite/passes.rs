@@ -105,6 +105,15 @@ fn what_is_not_known_is_not_taken_for_absent() {
              {\n kk = Mul (k, k)\n n = Cast <to = 1> (kk)\n y = Mul (x, n)\n}\n",
         ),
         (
+            "the empty list of axes may stand for all",
+            "g (float[2,1,3,1] x) => (float[N,M] y)\n<int64[0] axes = {}>\n{\n a = Squeeze (x, axes)\n y = Relu (a)\n}\n",
+        ),
+        (
+            "of no elements there may be any number of rows",
+            "g (float[N,0] x, int64[2] shape) => (float[M,0] y)\n<int64[2] to = {5, 0}>\n\
+             {\n a = Reshape <allowzero = 1> (x, to)\n y = Relu (a)\n}\n",
+        ),
+        (
             "the steps may be negative",
             "g (float[2,3] x, int64[1] steps) => (float[N,M] y)\n\
              <int64[1] begin = {0}, int64[1] end = {2}, int64[1] axes = {0}>\n\

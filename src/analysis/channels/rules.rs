@@ -103,32 +103,46 @@ impl Rule<'_> {
                 Some(())
             }
             "Flatten" | "Squeeze" | "Unsqueeze" => self.regroup(x, y),
-            "Pad" | "Slice" => {
-                // Axes that keep their extent are not touched; pads and slices of the others would move channels.
-                for a in 0..self.rank(x)? {
-                    if self.channels.extent(x, a)? == self.channels.extent(y, a)? {
-                        self.tie((x, a), (y, a))?;
-                    }
-                }
-                // An end beyond every extent means the same after channels went; a smaller one does not.
-                let whole = |tensor: Outlet| {
-                    Some(self.graph.constant(tensor)?.i64s()?.iter().all(|&e| e > i64::from(i32::MAX / 2)))
-                };
-                if self.op.is("Slice") {
-                    let axes = self.operand(3).and_then(|axes| self.graph.constant(axes)?.i64s())?;
-                    let all = self.operand(2).and_then(whole).unwrap_or(false);
-                    for a in axes {
-                        let a = axis(a, self.rank(x)?)?;
-                        if !all {
-                            self.channels.pin_axis(x, a, "a Slice names positions along it");
-                        }
-                    }
-                }
-                Some(())
-            }
+            "Pad" => self.pad(x, y),
+            "Slice" => self.slice(x, y),
             op if op.starts_with("Reduce") => self.reduce(x, y),
             _ => None,
         }
+    }
+
+    /// Ties the axes that are not padded.
+    fn pad(&mut self, x: Outlet, y: Outlet) -> Option<()> {
+        let pads = match self.operand(1) {
+            Some(pads) => self.graph.constant(pads)?.i64s()?,
+            None => self.op.ints("pads")?.to_vec(),
+        };
+        let rank = self.rank(x)?;
+        if pads.len() != 2 * rank || self.operand(3).is_some() {
+            return None;
+        }
+        (0..rank).filter(|&a| pads[a] == 0 && pads[a + rank] == 0).try_for_each(|a| self.tie((x, a), (y, a)))
+    }
+
+    /// Ties the axes that are taken whole.
+    fn slice(&mut self, x: Outlet, y: Outlet) -> Option<()> {
+        for a in 0..self.rank(x)? {
+            if self.channels.extent(x, a)? == self.channels.extent(y, a)? {
+                self.tie((x, a), (y, a))?;
+            }
+        }
+        // An end beyond every extent means the same after channels went; a smaller one does not.
+        let whole =
+            |tensor: Outlet| Some(self.graph.constant(tensor)?.i64s()?.iter().all(|&e| e > i64::from(i32::MAX / 2)));
+        let axes = self.operand(3).and_then(|axes| self.graph.constant(axes)?.i64s())?;
+        // A step of more or less than one takes channels by their places.
+        let whole = self.operand(4).is_none() && self.operand(2).and_then(whole).unwrap_or(false);
+        for a in axes {
+            let a = axis(a, self.rank(x)?)?;
+            if !whole {
+                self.channels.pin_axis(x, a, "a Slice names positions along it");
+            }
+        }
+        Some(())
     }
 
     fn operand(&self, slot: u32) -> Option<Outlet> {

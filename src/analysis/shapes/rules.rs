@@ -142,8 +142,8 @@ impl Rule<'_> {
                 let pad = if auto == "VALID" { 0 } else { pads[i].checked_add(pads[i + n])? };
                 let span = dilations[i].checked_mul(kernel[i] as i64 - 1)?.checked_add(1)?;
                 let room = usize::try_from((extent as i64).checked_add(pad)?.checked_sub(span)?).ok()?;
-                // Whether a window counts that starts in the padding at the end differs between versions.
-                if ceil && !room.is_multiple_of(stride) && pad > 0 {
+                // Whether a window counts that starts beyond the input differs between versions.
+                if ceil && !room.is_multiple_of(stride) && (pad > 0 || room.div_ceil(stride) * stride >= extent) {
                     return Some(None);
                 }
                 Some(Some(if ceil { room.div_ceil(stride) } else { room / stride } + 1))
@@ -175,6 +175,10 @@ impl Rule<'_> {
                 let span = dilations[i].checked_mul(w[i + 2] as i64 - 1)?.checked_add(1)?;
                 let added = extra[i].checked_add(span)?.checked_sub(strides[i])?;
                 let full = grown.checked_add(added)?.checked_sub(pads[i])?.checked_sub(pads[i + n])?;
+                // Runtimes disagree on how to pad by less than nothing.
+                if auto && span < strides[i] {
+                    return None;
+                }
                 usize::try_from(if auto { grown } else { full }).ok()
             };
             dims.push(match fixed {
@@ -304,6 +308,8 @@ impl Rule<'_> {
         let x = self.input(0)?;
         let dims = x.dims.as_ref()?;
         let axes: Vec<usize> = match self.integers("axes", 1) {
+            // Runtimes take an empty list for none and for all.
+            Given::Known(axes) if axes.is_empty() => return None,
             Given::Known(axes) => axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?,
             Given::Unknown => return None,
             Given::Absent => {

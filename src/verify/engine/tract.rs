@@ -28,6 +28,10 @@ impl Plan {
                 TractResult::Ok(plan)
             })
         };
+        // The optimizer may never end on a Scan.
+        if prepared.model.graph.node_ids().any(|id| prepared.model.graph.op_of(id, "Scan").is_some()) {
+            return attempt(false);
+        }
         attempt(true).or_else(|_| attempt(false))
     }
 
