@@ -1,0 +1,223 @@
+//! The rules of operators that move elements and never look at them, and of the shape arithmetic that they are told by.
+
+use super::{Dim, Fact, Given, Rule, broadcast, product};
+use crate::{
+    analysis::shapes::MAX_FOLLOWED,
+    eval::{self, axis},
+    ir::{DType, Tensor},
+};
+
+impl Rule<'_> {
+    pub(super) fn concat(&self) -> Option<Vec<Fact>> {
+        let first = self.dims(0)?;
+        let at = axis(self.op.int("axis")?, first.len())?;
+        let parts = (0..self.inputs.len()).map(|slot| self.dims(slot)).collect::<Option<Vec<_>>>()?;
+        if parts.iter().any(|part| part.len() != first.len()) {
+            return None;
+        }
+        let mut dims = first.clone();
+        dims[at] = parts.iter().map(|part| part[at]).try_fold(0_usize, |sum, d| sum.checked_add(d?));
+        for part in parts {
+            for (i, d) in dims.iter_mut().enumerate().filter(|(i, _)| *i != at) {
+                *d = d.or(part[i]);
+            }
+        }
+        let ints = self.inputs.iter().map(|fact| fact.as_ref()?.ints.clone()).collect::<Option<Vec<_>>>();
+        let ints = ints.map(|parts| parts.concat()).filter(|ints| first.len() == 1 && ints.len() <= MAX_FOLLOWED);
+        Some(vec![Fact { dtype: self.input(0)?.dtype, dims: Some(dims), ints }])
+    }
+
+    pub(super) fn split(&self, outputs: usize) -> Option<Vec<Fact>> {
+        let dims = self.dims(0)?;
+        let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
+        let parts: Vec<Dim> = match self.integers("split", 1) {
+            Given::Known(parts) => parts.into_iter().map(|p| usize::try_from(p?).ok()).collect(),
+            Given::Unknown => vec![None; outputs],
+            Given::Absent => {
+                let each = dims[at].and_then(|d| (outputs > 0).then(|| d.div_ceil(outputs)));
+                (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
+            }
+        };
+        let part = |extent: Dim| {
+            let mut dims = dims.clone();
+            dims[at] = extent;
+            Some(Fact::new(self.input(0)?.dtype, dims))
+        };
+        parts.into_iter().map(part).collect()
+    }
+
+    pub(super) fn reshape(&self) -> Option<Vec<Dim>> {
+        let wanted = self.integers("shape", 1).known()?;
+        let dims = self.dims(0);
+        let zero_copies = self.op.int("allowzero") != Some(1);
+        let mut target: Vec<Dim> = Vec::with_capacity(wanted.len());
+        for (i, w) in wanted.iter().enumerate() {
+            target.push(match w {
+                Some(0) if zero_copies => dims.and_then(|dims| dims.get(i).copied().flatten()),
+                Some(w) => usize::try_from(*w).ok(),
+                None => None,
+            });
+        }
+        let open: Vec<_> = (0..target.len()).filter(|&i| target[i].is_none()).collect();
+        if let ([i], Some(dims)) = (&open[..], dims) {
+            let rest = target.iter().flatten().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
+            let total = product(dims);
+            target[*i] = total.and_then(|total| (rest > 0 && total.is_multiple_of(rest)).then(|| total / rest));
+        }
+        Some(target)
+    }
+
+    pub(super) fn flatten(&self) -> Option<Vec<Dim>> {
+        let dims = self.dims(0)?;
+        let at = self.op.int("axis").unwrap_or(1);
+        let at = if at == dims.len() as i64 { dims.len() } else { axis(at, dims.len())? };
+        Some(vec![product(&dims[..at]), product(&dims[at..])])
+    }
+
+    pub(super) fn transpose(&self) -> Option<Vec<Dim>> {
+        let dims = self.dims(0)?;
+        match self.op.ints("perm") {
+            Some(perm) => perm.iter().map(|&p| Some(dims[axis(p, dims.len())?])).collect(),
+            None => Some(dims.iter().rev().copied().collect()),
+        }
+    }
+
+    pub(super) fn squeeze(&self) -> Option<Vec<Fact>> {
+        let x = self.input(0)?;
+        let dims = x.dims.as_ref()?;
+        let axes: Vec<usize> = match self.integers("axes", 1) {
+            // Runtimes take an empty list for none and for all.
+            Given::Known(axes) if axes.is_empty() => return None,
+            Given::Known(axes) => axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?,
+            Given::Unknown => return None,
+            Given::Absent => {
+                let known = dims.iter().copied().collect::<Option<Vec<_>>>()?;
+                (0..known.len()).filter(|&a| known[a] == 1).collect()
+            }
+        };
+        let kept = (0..dims.len()).filter(|a| !axes.contains(a)).map(|a| dims[a]).collect();
+        Some(vec![Fact { dims: Some(kept), ..x.clone() }])
+    }
+
+    pub(super) fn unsqueeze(&self) -> Option<Vec<Fact>> {
+        let x = self.input(0)?;
+        let dims = x.dims.as_ref()?;
+        let axes = self.integers("axes", 1).known()?;
+        let rank = dims.len() + axes.len();
+        let axes: Vec<_> = axes.into_iter().map(|a| axis(a?, rank)).collect::<Option<_>>()?;
+        let mut rest = dims.iter().copied();
+        let grown =
+            (0..rank).map(|a| if axes.contains(&a) { Some(Some(1)) } else { rest.next() }).collect::<Option<_>>()?;
+        let ints = x.ints.clone().filter(|_| rank <= 1);
+        Some(vec![Fact { dims: Some(grown), ints, ..x.clone() }])
+    }
+
+    pub(super) fn shape(&self) -> Vec<Fact> {
+        let int64 = Some(DType::Int64);
+        let Some(dims) = self.dims(0) else { return vec![Fact::new(int64, vec![None])] };
+        let rank = dims.len() as i64;
+        let clamp = |i: i64| if i < 0 { i.saturating_add(rank) } else { i }.clamp(0, rank) as usize;
+        let begin = clamp(self.op.int("start").unwrap_or(0));
+        let end = clamp(self.op.int("end").unwrap_or(rank)).max(begin);
+        let ints: Vec<_> = dims[begin..end].iter().map(|d| d.map(|d| d as i64)).collect();
+        vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len())]), ints: Some(ints) }]
+    }
+
+    pub(super) fn constant_of_shape(&self) -> Option<Vec<Fact>> {
+        let wanted = self.input(0)?.ints.as_ref()?;
+        let dims: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
+        let value = self.op.tensor("value");
+        let dtype = value.as_ref().map_or(DType::Float, Tensor::dtype);
+        let fill = value.and_then(|value| value.i64s()?.first().copied());
+        let count = match dims[..] {
+            [Some(count)] if count <= MAX_FOLLOWED => Some(count),
+            _ => None,
+        };
+        let ints = fill.zip(count).map(|(fill, count)| vec![Some(fill); count]);
+        Some(vec![Fact { dtype: Some(dtype), dims: Some(dims), ints }])
+    }
+
+    pub(super) fn gather(&self) -> Option<Vec<Fact>> {
+        let (x, indices) = (self.input(0)?, self.input(1)?);
+        let (dims, picked) = (x.dims.as_ref()?, indices.dims.as_ref()?);
+        let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
+        let mut target = dims[..at].to_vec();
+        target.extend(picked);
+        target.extend(&dims[at + 1..]);
+        let ints = match (&x.ints, &indices.ints) {
+            (Some(x), Some(i)) if dims.len() == 1 => Some(i.iter().map(|&i| x[axis(i?, x.len())?]).collect()),
+            _ => None,
+        };
+        Some(vec![Fact { dtype: x.dtype, dims: Some(target), ints }])
+    }
+
+    pub(super) fn slice(&self) -> Option<Vec<Fact>> {
+        let x = self.input(0)?;
+        let mut dims = x.dims.clone()?;
+        let (starts, ends) = (self.integers("starts", 1).known(), self.integers("ends", 2).known());
+        let count = starts.as_ref().or(ends.as_ref()).map_or(dims.len(), Vec::len);
+        let axes = match self.integers("axes", 3) {
+            Given::Known(axes) => axes,
+            Given::Unknown => return None,
+            Given::Absent => (0..count as i64).map(Some).collect(),
+        };
+        let steps = match self.input(4) {
+            Some(fact) => fact.ints.clone(),
+            None => Some(vec![Some(1); axes.len()]),
+        };
+        let mut ints = x.ints.clone();
+        for (i, a) in axes.iter().enumerate() {
+            let a = axis((*a)?, dims.len())?;
+            let at = |v: &Option<Vec<Option<i64>>>| v.as_ref().and_then(|v| v.get(i).copied().flatten());
+            let taken = (|| eval::slice_indices(dims[a]?, at(&starts)?, at(&ends)?, at(&steps)?))();
+            ints = ints.zip(taken.clone()).and_then(|(ints, taken)| taken.map(|i| ints.get(i).copied()).collect());
+            dims[a] = taken.map(|taken| taken.len());
+        }
+        Some(vec![Fact { dtype: x.dtype, dims: Some(dims), ints }])
+    }
+
+    pub(super) fn pad(&self) -> Option<Vec<Dim>> {
+        let dims = self.dims(0)?;
+        let pads = self.integers("pads", 1).known().filter(|_| self.inputs.len() <= 3);
+        let Some(pads) = pads else { return Some(vec![None; dims.len()]) };
+        let n = dims.len();
+        let dim = |i: usize| {
+            let grown = (dims[i]? as i64).checked_add((*pads.get(i)?)?)?.checked_add((*pads.get(i + n)?)?)?;
+            usize::try_from(grown).ok()
+        };
+        Some((0..n).map(dim).collect())
+    }
+
+    pub(super) fn expand(&self) -> Option<Vec<Dim>> {
+        let wanted = self.input(1)?.ints.as_ref()?;
+        let wanted: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
+        Some(broadcast(self.dims(0)?, &wanted))
+    }
+
+    pub(super) fn resize(&self) -> Option<Vec<Dim>> {
+        let dims = self.dims(0)?;
+        let unknown = vec![None; dims.len()];
+        let stretches = matches!(self.op.string("keep_aspect_ratio_policy"), None | Some("stretch"));
+        let crops = self.op.string("coordinate_transformation_mode") == Some("tf_crop_and_resize");
+        if self.op.ints("axes").is_some() || !stretches || crops {
+            return Some(unknown);
+        }
+        if let Some(sizes) = self.input(3) {
+            let Some(sizes) = &sizes.ints else { return Some(unknown) };
+            return Some(sizes.iter().map(|s| s.and_then(|s| usize::try_from(s).ok())).collect());
+        }
+        let slot = if self.op.op_type() == "Resize" && self.opset >= 11 { 2 } else { 1 };
+        let Some(scales) = self.constants.get(slot).copied().flatten().and_then(Tensor::f32s) else {
+            return Some(unknown);
+        };
+        if scales.len() != dims.len() {
+            return Some(unknown);
+        }
+        // Runtimes multiply in either precision; only where both agree is the extent settled.
+        let scaled = |d: usize, s: f32| {
+            let (single, double) = ((d as f32 * s).floor() as usize, (d as f64 * f64::from(s)).floor() as usize);
+            (single == double).then_some(single)
+        };
+        Some(dims.iter().zip(scales).map(|(d, s)| scaled((*d)?, s)).collect())
+    }
+}
