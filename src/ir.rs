@@ -400,6 +400,12 @@ impl Graph {
         self.order().into_iter().filter(|&id| self.op(id).is_some()).collect()
     }
 
+    /// Every operator that holds bodies, in [`order`](Self::order).
+    #[must_use]
+    pub fn holders(&self) -> Vec<NodeId> {
+        self.order().into_iter().filter(|&id| self.op(id).is_some_and(|op| !op.bodies.is_empty())).collect()
+    }
+
     /// Whether the file lists `node` outside its list of nodes.
     fn is_listed_apart(&self, node: NodeId) -> bool {
         match self.kind(node) {

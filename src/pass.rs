@@ -5,7 +5,11 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 use globset::GlobSet;
 use serde::Serialize;
 
-use crate::{analysis::shapes::Shapes, ir::Graph, linalg::Spectrum};
+use crate::{
+    analysis::shapes::Shapes,
+    ir::{Graph, NodeId},
+    linalg::Spectrum,
+};
 
 /// What a pass may do to the values a model computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -135,6 +139,14 @@ pub struct Price {
     pub ceiling: f64,
 }
 
+impl Price {
+    /// A price for each byte, whatever the error of one layer.
+    #[must_use]
+    pub fn per_byte(per_byte: f64) -> Self {
+        Self { per_byte, ceiling: f64::INFINITY }
+    }
+}
+
 /// What a pass may use besides the graph, and where it leaves word of what it did.
 #[derive(Debug, Default)]
 pub struct Context {
@@ -202,11 +214,30 @@ impl Context {
 /// Runs `f` on `graph` and on every body in it, outer ones first.
 pub fn everywhere(graph: &mut Graph, f: &mut impl FnMut(&mut Graph)) {
     f(graph);
-    let holders: Vec<_> =
-        graph.order().into_iter().filter(|&id| graph.op(id).is_some_and(|op| !op.bodies.is_empty())).collect();
-    for id in holders {
+    for id in graph.holders() {
         for body in graph.bodies_mut(id) {
             everywhere(&mut body.graph, f);
         }
     }
+}
+
+/// Applies `rule` to every operator of `graph` and of the bodies in it, with what `prepare` finds out about the graph that
+/// the operator is in; says how often the rule found work.
+pub fn rewrite<T>(
+    graph: &mut Graph,
+    prepare: impl Fn(&Graph) -> T,
+    rule: impl Fn(&mut Graph, &T, NodeId) -> Option<()>,
+) -> usize {
+    let mut count = 0;
+    everywhere(graph, &mut |graph| {
+        let prepared = prepare(graph);
+        count += graph.ops().into_iter().filter_map(|node| rule(graph, &prepared, node)).count();
+    });
+    count
+}
+
+/// The shapes that hold for every caller: what holds at the verified shape alone is not always so.
+#[must_use]
+pub fn declared_shapes(graph: &Graph) -> Shapes {
+    Shapes::infer(graph, &BTreeMap::new())
 }

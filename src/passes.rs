@@ -8,6 +8,7 @@ mod fuse_affine;
 mod fuse_batch_norm;
 mod fuse_matmul_add;
 mod identity;
+mod layer;
 mod prune;
 mod svd;
 

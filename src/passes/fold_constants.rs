@@ -6,7 +6,7 @@ use crate::{
     analysis::shapes::Shapes,
     eval,
     ir::{DType, Graph, Inlet, NodeId, Tensor, Weight},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
 };
 
 /// Compute what depends on constants alone, and what is known of shapes, once and for all.
@@ -28,16 +28,9 @@ impl Declare for FoldConstants {
 
 impl Pass for FoldConstants {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut folded = 0;
-        everywhere(graph, &mut |graph| {
-            let shapes = Shapes::infer(graph, &std::collections::BTreeMap::new());
-            let ops = graph.ops();
-            folded += ops
-                .into_iter()
-                .filter_map(|node| fold(graph, &shapes, node).or_else(|| infer(graph, &shapes, node)))
-                .count();
-        });
-        cx.add("operators folded", folded);
+        let rule =
+            |graph: &mut Graph, shapes: &Shapes, node| fold(graph, shapes, node).or_else(|| infer(graph, shapes, node));
+        cx.add("operators folded", rewrite(graph, declared_shapes, rule));
         Ok(())
     }
 }

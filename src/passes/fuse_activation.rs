@@ -2,7 +2,7 @@
 
 use crate::{
     ir::{DType, Graph, NodeId, Op, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, rewrite},
 };
 
 /// Spell activations that exporters took apart with the fewest operators of the model's own opset.
@@ -25,15 +25,12 @@ impl Declare for FuseActivation {
 
 impl Pass for FuseActivation {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut fused = 0;
-        everywhere(graph, &mut |graph| {
-            for node in graph.ops() {
-                let sigmoid = hard_sigmoid(graph, node).is_some();
-                let swish = hard_swish(graph, node).is_some();
-                fused += usize::from(sigmoid || swish);
-            }
-        });
-        cx.add("activations fused", fused);
+        let rule = |graph: &mut Graph, (): &(), node| {
+            // What the first makes, the second may take up.
+            let (sigmoid, swish) = (hard_sigmoid(graph, node), hard_swish(graph, node));
+            sigmoid.or(swish)
+        };
+        cx.add("activations fused", rewrite(graph, |_| (), rule));
         Ok(())
     }
 }

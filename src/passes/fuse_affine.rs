@@ -1,9 +1,10 @@
 //! See [`FuseAffine`].
 
+use super::layer::{Layer, is_finite};
 use crate::{
     eval,
-    ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::strides},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    ir::{DType, Graph, NodeId, Op, Outlet, Weight},
+    pass::{Context, Declare, Fidelity, Pass, rewrite},
 };
 
 /// Fold `Mul`, `Div`, `Add` and `Sub` by constants into the `Conv`, `ConvTranspose` or `Gemm` before or after them, and
@@ -28,22 +29,24 @@ impl Declare for FuseAffine {
 
 impl Pass for FuseAffine {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut fused = 0;
-        everywhere(graph, &mut |graph| {
-            // Each rewrite removes an operator, and may bring the next one beside a layer.
-            loop {
-                let rewrite = |graph: &mut Graph, node| {
-                    after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node))
-                };
-                let now = graph.ops().into_iter().filter_map(|node| rewrite(graph, node)).count();
-                fused += now;
-                if now == 0 {
-                    break;
-                }
-            }
-        });
+        let rule = |graph: &mut Graph, (): &(), node| {
+            after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node))
+        };
+        // Each rewrite removes an operator, and may bring the next one beside a layer.
+        let rounds = std::iter::repeat_with(|| rewrite(graph, |_| (), rule));
+        let fused = rounds.take_while(|&fused| fused > 0).sum();
         cx.add("operators fused", fused);
         Ok(())
+    }
+}
+
+/// The operand of `node` that varies, the one that is constant, and whether that is the right one.
+fn with_constant(graph: &Graph, node: NodeId) -> Option<(Outlet, Outlet, bool)> {
+    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    match (graph.constant(a).is_some(), graph.constant(b).is_some()) {
+        (false, true) => Some((a, b, true)),
+        (true, false) => Some((b, a, false)),
+        _ => None,
     }
 }
 
@@ -62,12 +65,8 @@ impl Affine {
         if graph.opset() < 7 || !matches!(op, "Mul" | "Div" | "Add" | "Sub") {
             return None;
         }
-        let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
-        let (x, constant, is_right) = match (graph.constant(a), graph.constant(b)) {
-            (None, Some(constant)) => (a, constant, true),
-            (Some(constant), None) => (b, constant, false),
-            _ => return None,
-        };
+        let (x, constant, is_right) = with_constant(graph, node)?;
+        let constant = graph.constant(constant)?;
         let values = constant.f64s()?;
         let wide: Vec<_> = (0..constant.dims().len()).filter(|&axis| constant.dims()[axis] != 1).collect();
         let trailing = match wide[..] {
@@ -98,108 +97,44 @@ impl Affine {
     }
 }
 
-/// A layer with constant weights.
-struct Layer {
-    node: NodeId,
-    weight: Outlet,
-    /// The axes of the weight that are output and input channels; how many of the former the layer has.
-    axes: (usize, usize),
-    channels: usize,
-    groups: usize,
-    /// How many axes of the result follow that of the channels.
-    trailing: usize,
-    /// The bias of each output channel, with the factor that the operator has for it.
-    bias: Vec<f64>,
-}
-
-impl Layer {
-    fn of(graph: &Graph, node: NodeId) -> Option<Self> {
-        let op = graph.op(node)?;
-        let weight = graph.operand(node, 1)?;
-        let tensor = graph.constant(weight).filter(|tensor| tensor.f64s().is_some())?;
-        let dims = tensor.dims();
-        let groups = usize::try_from(op.int("group").unwrap_or(1)).ok().filter(|&groups| groups > 0)?;
-        let (axes, groups, trailing) = match op.standard()? {
-            "Conv" => ((0, 1), groups, dims.len().checked_sub(2)?),
-            "ConvTranspose" => ((1, 0), groups, dims.len().checked_sub(2)?),
-            "Gemm" if op.int("transB") == Some(1) => ((0, 1), 1, 0),
-            "Gemm" => ((1, 0), 1, 0),
-            _ => return None,
+/// Gives `layer` another bias, and where the operator scales at all, its weight times `factor` of each output and input
+/// channel.
+fn write(
+    graph: &mut Graph,
+    layer: &Layer,
+    affine: &Affine,
+    factor: impl Fn(usize, usize) -> f64,
+    bias: &[f64],
+) -> Option<()> {
+    let mut weight = None;
+    if affine.scale.is_some() {
+        graph.sole_use(layer.weight)?;
+        weight = Some(layer.scaled(graph, factor)?);
+    }
+    let bias = layer.fit_bias(graph, bias)?;
+    let name = |graph: &Graph, value: Outlet, what: &str| format!("{}.{what}", graph.name(value));
+    if let Some(weight) = weight {
+        let name = name(graph, layer.weight, FuseAffine::NAME);
+        let new = graph.add_const(weight, &name);
+        graph.set_operand(layer.node, 1, Some(new));
+        graph.sweep(layer.weight.node);
+    }
+    let old = graph.operand(layer.node, 2);
+    if old.is_some() || bias.value().f64s()?.iter().any(|&v| v != 0.0) {
+        let name = match old {
+            Some(old) => name(graph, old, FuseAffine::NAME),
+            None => name(graph, layer.node.out(), "bias"),
         };
-        let channels = dims.get(axes.0)? * if axes.0 == 1 { groups } else { 1 };
-        let beta = if op.is("Gemm") { f64::from(op.float("beta").unwrap_or(1.0)) } else { 1.0 };
-        let bias = match graph.operand(node, 2) {
-            None => vec![0.0; channels],
-            Some(bias) => {
-                let bias = graph.constant(bias)?;
-                let values = bias.f64s()?;
-                // A column would be a bias for each row of a Gemm.
-                let fits = bias.dims().last().is_none_or(|&d| d == bias.len());
-                match values[..] {
-                    [one] if fits => vec![beta * one; channels],
-                    _ if fits && values.len() == channels => values.iter().map(|v| beta * v).collect(),
-                    _ => return None,
-                }
-            }
-        };
-        Some(Self { node, weight, axes, channels, groups, trailing, bias })
-    }
-
-    /// The weight with each element multiplied by `factor` of its output channel and input channel.
-    fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {
-        let weight = graph.weight(self.weight)?;
-        let mut values = weight.value().f64s()?;
-        for (value, (output, input)) in values.iter_mut().zip(self.channels_of(weight.value())) {
-            *value *= factor(output, input);
+        let new = graph.add_const(bias, &name);
+        graph.set_operand(layer.node, 2, Some(new));
+        if let Some(old) = old {
+            graph.sweep(old.node);
         }
-        weight.fit(weight.value().dims(), &values).filter(is_finite)
     }
-
-    /// The output and input channel of each element of the weight.
-    fn channels_of(&self, weight: &Tensor) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (dims, steps) = (weight.dims().to_vec(), strides(weight.dims()));
-        let ((out_axis, in_axis), groups) = (self.axes, self.groups);
-        (0..weight.len()).map(move |i| {
-            let at = |axis: usize| i / steps[axis] % dims[axis];
-            // The first axis runs over all groups, the second over one.
-            let group = at(0) / (dims[0] / groups).max(1);
-            let whole = |axis: usize| if axis == 1 { group * dims[1] + at(1) } else { at(0) };
-            (whole(out_axis), whole(in_axis))
-        })
+    if graph.op(layer.node)?.attribute("beta").is_some() {
+        graph.edit_op(layer.node, |op| *op = std::mem::take(op).without("beta"));
     }
-
-    /// Gives the layer other weights.
-    fn write(&self, graph: &mut Graph, weight: Option<Weight>, bias: &[f64]) -> Option<()> {
-        let like = graph.weight(self.weight)?;
-        let bias = like.fit(&[self.channels], bias).filter(is_finite)?;
-        let name = |graph: &Graph, value: Outlet, what: &str| format!("{}.{what}", graph.name(value));
-        if let Some(weight) = weight {
-            let name = name(graph, self.weight, FuseAffine::NAME);
-            let new = graph.add_const(weight, &name);
-            graph.set_operand(self.node, 1, Some(new));
-            graph.sweep(self.weight.node);
-        }
-        let old = graph.operand(self.node, 2);
-        if old.is_some() || bias.value().f64s()?.iter().any(|&v| v != 0.0) {
-            let name = match old {
-                Some(old) => name(graph, old, FuseAffine::NAME),
-                None => name(graph, self.node.out(), "bias"),
-            };
-            let new = graph.add_const(bias, &name);
-            graph.set_operand(self.node, 2, Some(new));
-            if let Some(old) = old {
-                graph.sweep(old.node);
-            }
-        }
-        if graph.op(self.node)?.attribute("beta").is_some() {
-            graph.edit_op(self.node, |op| *op = std::mem::take(op).without("beta"));
-        }
-        Some(())
-    }
-}
-
-fn is_finite(weight: &Weight) -> bool {
-    weight.value().f64s().is_some_and(|values| values.iter().all(|v| v.is_finite()))
+    Some(())
 }
 
 /// Folds the affine operator at `node` into the layer that makes its operand.
@@ -208,16 +143,9 @@ fn after(graph: &mut Graph, node: NodeId) -> Option<()> {
     let layer = Layer::of(graph, affine.x.node)?;
     let pinned = graph.is_pinned(affine.x) || graph.is_pinned(node.out()) || graph.is_pinned(layer.weight);
     graph.sole_use(affine.x).filter(|_| !pinned)?;
-    let (scale, shift) = affine.spread(layer.channels, layer.trailing)?;
-    let weight = match &affine.scale {
-        Some(_) => {
-            graph.sole_use(layer.weight)?;
-            Some(layer.scaled(graph, |output, _| scale[output])?)
-        }
-        None => None,
-    };
-    let bias: Vec<_> = (0..layer.channels).map(|c| scale[c] * layer.bias[c] + shift[c]).collect();
-    layer.write(graph, weight, &bias)?;
+    let (scale, shift) = affine.spread(layer.channels.0, layer.trailing)?;
+    let bias: Vec<_> = layer.bias.iter().zip(&scale).zip(&shift).map(|((b, a), c)| a * b + c).collect();
+    write(graph, &layer, &affine, |output, _| scale[output], &bias)?;
     let constants: Vec<_> = graph.operands(node).into_iter().flatten().filter(|value| *value != affine.x).collect();
     graph.replace_uses(node.out(), affine.x);
     graph.sweep(node);
@@ -234,7 +162,6 @@ fn before(graph: &mut Graph, node: NodeId) -> Option<()> {
     let layer = Layer::of(graph, reader)?;
     let op = graph.op(reader)?;
     let tensor = graph.constant(layer.weight)?;
-    let inputs = tensor.dims().get(layer.axes.1)? * if layer.axes.1 == 1 { layer.groups } else { 1 };
     let turned = op.is("Gemm") && (op.int("transA") == Some(1) || op.float("alpha").is_some());
     let padded = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
         || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
@@ -243,19 +170,12 @@ fn before(graph: &mut Graph, node: NodeId) -> Option<()> {
     if turned || affine.shift.is_some() && no_sums || graph.is_pinned(layer.weight) {
         return None;
     }
-    let (scale, shift) = affine.spread(inputs, layer.trailing)?;
+    let (scale, shift) = affine.spread(layer.channels.1, layer.trailing)?;
     let mut bias = layer.bias.clone();
     for (value, (output, input)) in tensor.f64s()?.iter().zip(layer.channels_of(tensor)) {
         bias[output] += value * shift[input];
     }
-    let weight = match &affine.scale {
-        Some(_) => {
-            graph.sole_use(layer.weight)?;
-            Some(layer.scaled(graph, |_, input| scale[input])?)
-        }
-        None => None,
-    };
-    layer.write(graph, weight, &bias)?;
+    write(graph, &layer, &affine, |_, input| scale[input], &bias)?;
     graph.set_operand(reader, 0, Some(affine.x));
     graph.sweep(node);
     Some(())
@@ -270,30 +190,24 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     }
     graph.sole_use(inner.node.out())?;
     let (a, b) = (graph.constant(inner.constant)?, graph.constant(outer.constant)?);
-    // The first is applied as it is, so that a divided constant stays divided.
-    let op = match (inner.is_inverse, outer.is_inverse, outer.is_sum) {
-        (false, false, true) | (true, true, true) => "Add",
-        (_, _, true) => "Sub",
-        (false, false, false) | (true, true, false) => "Mul",
-        _ => "Div",
+    let op = |is_inverse: bool| match (outer.is_sum, is_inverse) {
+        (true, false) => "Add",
+        (true, true) => "Sub",
+        (false, false) => "Mul",
+        (false, true) => "Div",
     };
     if a.dtype() != b.dtype() || !matches!(a.dtype(), DType::Float | DType::Double) {
         return None;
     }
     // What is not inverted comes first: c − a, c ÷ a.
     let (first, second) = if inner.is_inverse && !outer.is_inverse { (b, a) } else { (a, b) };
-    let merged = eval::evaluate(&Op::new(op), graph.opset(), &[Some(first), Some(second)])?.pop()?;
+    let merged = Op::new(op(inner.is_inverse != outer.is_inverse));
+    let merged = eval::evaluate(&merged, graph.opset(), &[Some(first), Some(second)])?.pop()?;
     let merged = Weight::dense(merged);
     if merged.value().len() > a.len().max(b.len()) || !is_finite(&merged) {
         return None;
     }
-    let is_inverse = inner.is_inverse && outer.is_inverse;
-    let kept = match (outer.is_sum, is_inverse) {
-        (true, false) => "Add",
-        (true, true) => "Sub",
-        (false, false) => "Mul",
-        (false, true) => "Div",
-    };
+    let kept = op(inner.is_inverse && outer.is_inverse);
     let name = format!("{}.{}", graph.name(outer.constant), FuseAffine::NAME);
     let constant = graph.add_const(merged, &name);
     let node_name = graph.op(node)?.name().to_owned();
@@ -325,13 +239,8 @@ impl Factor {
             "Div" => (false, true),
             _ => return None,
         };
-        let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
-        let (x, constant) = match (graph.constant(a), graph.constant(b)) {
-            (None, Some(_)) => (a, b),
-            (Some(_), None) if !is_inverse => (b, a),
-            _ => return None,
-        };
+        let (x, constant, is_right) = with_constant(graph, node)?;
         graph.constant(constant)?.f64s()?;
-        Some(Self { node, x, constant, is_sum, is_inverse })
+        (is_right || !is_inverse).then_some(Self { node, x, constant, is_sum, is_inverse })
     }
 }

@@ -1,8 +1,9 @@
 //! See [`FuseBatchNorm`].
 
+use super::layer::Layer;
 use crate::{
-    ir::{Graph, NodeId, Op, Outlet, Weight, tensor::strides},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    ir::{Graph, NodeId, Outlet},
+    pass::{Context, Declare, Fidelity, Pass, rewrite},
 };
 
 /// Fold a `BatchNormalization` into the `Conv`, `ConvTranspose` or `Gemm` before it.
@@ -25,11 +26,7 @@ impl Declare for FuseBatchNorm {
 
 impl Pass for FuseBatchNorm {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut fused = 0;
-        everywhere(graph, &mut |graph| {
-            fused += graph.ops().into_iter().filter_map(|node| fuse(graph, node)).count();
-        });
-        cx.add("normalizations fused", fused);
+        cx.add("normalizations fused", rewrite(graph, |_| (), |graph, (), node| fuse(graph, node)));
         Ok(())
     }
 }
@@ -47,86 +44,39 @@ fn fuse(graph: &mut Graph, bn: NodeId) -> Option<()> {
     }
     let epsilon = f64::from(norm.float("epsilon").unwrap_or(EPSILON));
     let layer_out = graph.operand(bn, 0)?;
-    let layer = layer_out.node;
     graph.sole_use(layer_out)?;
-    let op = graph.op(layer)?;
-    let axis = out_axis(op)?;
-    let (weight_at, bias_at) = (graph.operand(layer, 1)?, graph.operand(layer, 2));
-    graph.sole_use(weight_at)?;
-    let weight = graph.weight(weight_at)?;
+    let layer = Layer::of(graph, layer_out.node)?;
+    graph.sole_use(layer.weight)?;
     let parameter = |slot: u32| graph.constant(graph.operand(bn, slot)?)?.f64s();
-    let (scale, bias, mean, var) = (parameter(1)?, parameter(2)?, parameter(3)?, parameter(4)?);
-    if graph.is_pinned(layer_out) || graph.is_pinned(bn.out()) || graph.is_pinned(weight_at) {
+    let (scale, shift, mean, var) = (parameter(1)?, parameter(2)?, parameter(3)?, parameter(4)?);
+    if graph.is_pinned(layer_out) || graph.is_pinned(bn.out()) || graph.is_pinned(layer.weight) {
         return None;
     }
-    let channels = scale.len();
-    if [bias.len(), mean.len(), var.len()] != [channels; 3] {
+    let channels = layer.channels.0;
+    if [scale.len(), shift.len(), mean.len(), var.len()] != [channels; 4] {
         return None;
     }
     let factor: Vec<f64> = scale.iter().zip(&var).map(|(s, v)| s / (v + epsilon).sqrt()).collect();
-    let old_bias = match bias_at {
-        Some(at) => {
-            // A column would be a bias for each row of a Gemm.
-            let bias = graph.constant(at).filter(|bias| bias.dims().last().is_none_or(|&d| d == bias.len()))?;
-            bias.f64s()?
-        }
-        None => vec![0.0],
-    };
-    let beta = if op.is("Gemm") { f64::from(op.float("beta").unwrap_or(1.0)) } else { 1.0 };
-    if old_bias.len() != channels && old_bias.len() != 1 {
-        return None;
-    }
-    let new_bias: Vec<f64> = (0..channels)
-        .map(|c| factor[c] * (beta * old_bias[if old_bias.len() == 1 { 0 } else { c }] - mean[c]) + bias[c])
-        .collect();
-    let new_weight = scaled(weight, axis, op.int("group").unwrap_or(1), &factor)?;
-    let new_bias = weight.fit(&[channels], &new_bias)?;
-    if !new_weight.value().f64s()?.iter().chain(&new_bias.value().f64s()?).all(|v| v.is_finite()) {
-        return None;
-    }
+    let bias: Vec<f64> = (0..channels).map(|c| factor[c] * (layer.bias[c] - mean[c]) + shift[c]).collect();
+    let new_weight = layer.scaled(graph, |output, _| factor[output])?;
+    let new_bias = layer.fit_bias(graph, &bias)?;
     // Everything above only reads; everything below only writes.
-    let name = |graph: &Graph, value: Outlet| format!("{}.fuse-batch-norm", graph.name(value));
-    let weight_name = name(graph, weight_at);
-    let bias_name = name(graph, bias_at.unwrap_or_else(|| graph.operand(bn, 2).unwrap_or(weight_at)));
+    let name = |value: Outlet| format!("{}.fuse-batch-norm", graph.name(value));
+    let old_bias = graph.operand(layer.node, 2);
+    let (weight_name, bias_name) =
+        (name(layer.weight), name(old_bias.or(graph.operand(bn, 2)).unwrap_or(layer.weight)));
     let weight = graph.add_const(new_weight, &weight_name);
     let bias = graph.add_const(new_bias, &bias_name);
-    graph.set_operand(layer, 1, Some(weight));
-    graph.set_operand(layer, 2, Some(bias));
-    if beta != 1.0 {
-        graph.edit_op(layer, |op| *op = std::mem::take(op).without("beta"));
+    graph.set_operand(layer.node, 1, Some(weight));
+    graph.set_operand(layer.node, 2, Some(bias));
+    if layer.beta != 1.0 {
+        graph.edit_op(layer.node, |op| *op = std::mem::take(op).without("beta"));
     }
     graph.replace_uses(bn.out(), layer_out);
     graph.sweep(bn);
-    graph.sweep(weight_at.node);
-    if let Some(bias_at) = bias_at {
-        graph.sweep(bias_at.node);
+    graph.sweep(layer.weight.node);
+    if let Some(old_bias) = old_bias {
+        graph.sweep(old_bias.node);
     }
     Some(())
-}
-
-/// The axis of the weight of `op` that is its output channels.
-fn out_axis(op: &Op) -> Option<usize> {
-    match op.standard()? {
-        "Conv" => Some(0),
-        "ConvTranspose" => Some(1),
-        "Gemm" => Some(usize::from(op.int("transB") != Some(1))),
-        _ => None,
-    }
-}
-
-/// `weight` with output channel c multiplied by `factor[c]`. Along axis 1 (`ConvTranspose`) the channels of group g
-/// are those of the g-th share of axis 0.
-fn scaled(weight: &Weight, axis: usize, groups: i64, factor: &[f64]) -> Option<Weight> {
-    let dims = weight.value().dims();
-    let groups = if axis == 1 && dims.len() > 2 { usize::try_from(groups).ok().filter(|&g| g > 0)? } else { 1 };
-    if dims.get(axis)? * groups != factor.len() {
-        return None;
-    }
-    let step = strides(dims)[axis];
-    let share = weight.value().len() / groups;
-    let mut values = weight.value().f64s()?;
-    for (i, value) in values.iter_mut().enumerate() {
-        *value *= factor[i / share.max(1) * dims[axis] * usize::from(groups > 1) + i / step % dims[axis]];
-    }
-    weight.fit(dims, &values)
 }

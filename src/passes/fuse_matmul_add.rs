@@ -1,11 +1,9 @@
 //! See [`FuseMatmulAdd`].
 
-use std::collections::BTreeMap;
-
 use crate::{
     analysis::shapes::Shapes,
     ir::{Graph, NodeId, Op},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
 };
 
 /// Make one `Gemm` of a `MatMul` of matrices and the `Add` of a bias after it.
@@ -25,12 +23,7 @@ impl Declare for FuseMatmulAdd {
 
 impl Pass for FuseMatmulAdd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut fused = 0;
-        everywhere(graph, &mut |graph| {
-            let shapes = Shapes::infer(graph, &BTreeMap::new());
-            fused += graph.ops().into_iter().filter_map(|node| fuse(graph, &shapes, node)).count();
-        });
-        cx.add("products fused", fused);
+        cx.add("products fused", rewrite(graph, declared_shapes, fuse));
         Ok(())
     }
 }

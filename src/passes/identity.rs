@@ -3,7 +3,7 @@
 use crate::{
     analysis::shapes::Shapes,
     ir::{DType, Graph, NodeId, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
 };
 
 /// Remove operators that pass their input on unchanged.
@@ -27,13 +27,7 @@ impl Declare for Identity {
 
 impl Pass for Identity {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let mut removed = 0;
-        everywhere(graph, &mut |graph| {
-            // Only declared shapes: what holds at the verified shape alone is not always so.
-            let shapes = Shapes::infer(graph, &std::collections::BTreeMap::new());
-            removed += graph.ops().into_iter().filter_map(|node| bypass(graph, &shapes, node)).count();
-        });
-        cx.add("operators removed", removed);
+        cx.add("operators removed", rewrite(graph, declared_shapes, bypass));
         Ok(())
     }
 }

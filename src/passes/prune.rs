@@ -141,9 +141,7 @@ impl Prune {
         if !doomed.is_empty() {
             remove(graph, &channels, &doomed.into_keys().collect());
         }
-        let holders: Vec<_> =
-            graph.ops().into_iter().filter(|&id| graph.op(id).is_some_and(|op| !op.bodies.is_empty())).collect();
-        for id in holders {
+        for id in graph.holders() {
             let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
                 op.bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect()
             });

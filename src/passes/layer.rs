@@ -1,0 +1,89 @@
+//! Layers with constant weights, as passes fold scales and shifts of channels into them.
+
+use crate::ir::{Graph, NodeId, Outlet, Tensor, Weight, tensor::strides};
+
+/// A `Conv`, `ConvTranspose` or `Gemm` with constant weights.
+pub(super) struct Layer {
+    pub(super) node: NodeId,
+    pub(super) weight: Outlet,
+    /// The axes of the weight that are output and input channels.
+    axes: (usize, usize),
+    groups: usize,
+    /// How many output and input channels the layer has.
+    pub(super) channels: (usize, usize),
+    /// How many axes of the result follow that of the channels.
+    pub(super) trailing: usize,
+    /// The factor that the operator has for its bias.
+    pub(super) beta: f64,
+    /// The bias of each output channel, that factor included.
+    pub(super) bias: Vec<f64>,
+}
+
+impl Layer {
+    pub(super) fn of(graph: &Graph, node: NodeId) -> Option<Self> {
+        let op = graph.op(node)?;
+        let weight = graph.operand(node, 1)?;
+        let tensor = graph.constant(weight).filter(|tensor| tensor.f64s().is_some())?;
+        let dims = tensor.dims();
+        let groups = usize::try_from(op.int("group").unwrap_or(1)).ok().filter(|&groups| groups > 0)?;
+        let (axes, groups, trailing) = match op.standard()? {
+            "Conv" => ((0, 1), groups, dims.len().checked_sub(2)?),
+            "ConvTranspose" => ((1, 0), groups, dims.len().checked_sub(2)?),
+            "Gemm" if op.int("transB") == Some(1) => ((0, 1), 1, 0),
+            "Gemm" => ((1, 0), 1, 0),
+            _ => return None,
+        };
+        // The first axis of a weight runs over all groups, the second over one.
+        let count = |axis: usize| Some(dims.get(axis)? * if axis == 1 { groups } else { 1 });
+        let channels = (count(axes.0)?, count(axes.1)?);
+        let beta = if op.is("Gemm") { f64::from(op.float("beta").unwrap_or(1.0)) } else { 1.0 };
+        let bias = match graph.operand(node, 2) {
+            None => vec![0.0; channels.0],
+            Some(bias) => {
+                let bias = graph.constant(bias)?;
+                let values = bias.f64s()?;
+                // A column would be a bias for each row of a Gemm.
+                let fits = bias.dims().last().is_none_or(|&d| d == bias.len());
+                match values[..] {
+                    [one] if fits => vec![beta * one; channels.0],
+                    _ if fits && values.len() == channels.0 => values.iter().map(|v| beta * v).collect(),
+                    _ => return None,
+                }
+            }
+        };
+        Some(Self { node, weight, axes, groups, channels, trailing, beta, bias })
+    }
+
+    /// The weight with each element multiplied by `factor` of its output channel and input channel; `None` where that is
+    /// not finite.
+    pub(super) fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {
+        let weight = graph.weight(self.weight)?;
+        let mut values = weight.value().f64s()?;
+        for (value, (output, input)) in values.iter_mut().zip(self.channels_of(weight.value())) {
+            *value *= factor(output, input);
+        }
+        weight.fit(weight.value().dims(), &values).filter(is_finite)
+    }
+
+    /// A bias of these values, stored as the weight is; `None` where they are not finite.
+    pub(super) fn fit_bias(&self, graph: &Graph, bias: &[f64]) -> Option<Weight> {
+        graph.weight(self.weight)?.fit(&[self.channels.0], bias).filter(is_finite)
+    }
+
+    /// The output and input channel of each element of the weight.
+    pub(super) fn channels_of(&self, weight: &Tensor) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (dims, steps) = (weight.dims().to_vec(), strides(weight.dims()));
+        let ((out_axis, in_axis), groups) = (self.axes, self.groups);
+        (0..weight.len()).map(move |i| {
+            let at = |axis: usize| i / steps[axis] % dims[axis];
+            let group = at(0) / (dims[0] / groups).max(1);
+            let whole = |axis: usize| if axis == 1 { group * dims[1] + at(1) } else { at(0) };
+            (whole(out_axis), whole(in_axis))
+        })
+    }
+}
+
+/// Whether every element is a number and finite.
+pub(super) fn is_finite(weight: &Weight) -> bool {
+    weight.value().f64s().is_some_and(|values| values.iter().all(|v| v.is_finite()))
+}
