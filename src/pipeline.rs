@@ -39,6 +39,23 @@ pub enum Item {
     Pass(Step),
 }
 
+impl Item {
+    /// What it may do to the model's outputs.
+    #[must_use]
+    pub fn fidelity(&self) -> Fidelity {
+        match self {
+            Self::Simplify => Fidelity::Rounding,
+            Self::Pass(step) => step.info.fidelity,
+        }
+    }
+
+    /// Whether the error budget drives it.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        matches!(self, Self::Pass(step) if step.info.fidelity == Fidelity::Lossy && !step.pass.is_fixed())
+    }
+}
+
 /// What is wrong with `--passes`.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
@@ -99,8 +116,7 @@ pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
         })?;
         items.push(Item::Pass(Step { info, pass, spelling: spelling.to_owned() }));
     }
-    let lossy = |item: &Item| matches!(item, Item::Pass(step) if step.info.fidelity == Fidelity::Lossy);
-    if !items.is_empty() && items.iter().all(lossy) {
+    if !items.is_empty() && items.iter().all(|item: &Item| item.fidelity() == Fidelity::Lossy) {
         items.insert(0, Item::Simplify);
         items.push(Item::Simplify);
     }

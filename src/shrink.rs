@@ -5,7 +5,7 @@ mod search;
 
 use serde::Serialize;
 
-use self::{lossy::Lossy, search::is_free};
+use self::lossy::Lossy;
 use crate::{
     analysis::cost::Cost,
     codec::Model,
@@ -20,6 +20,7 @@ pub const BUDGET_WITH_DATA: f64 = 0.05;
 /// The default budget on random inputs, which are harsher: what a net does with noise depends on directions that real
 /// inputs do not use.
 pub const BUDGET_ON_RANDOM: f64 = 0.10;
+
 /// What a person asked for.
 #[derive(Debug)]
 pub struct Job {
@@ -155,8 +156,8 @@ impl ShrinkError {
 /// When a pass fails, or the result can't be proven to compute the same.
 pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Result<(Model, Report), ShrinkError> {
     let mut report = Report::default();
-    let lossy = job.items.iter().any(|item| fidelity(item) == Fidelity::Lossy);
-    if let (false, Some(Item::Pass(step))) = (job.verify, job.items.iter().find(|item| is_free(item))) {
+    let lossy = job.items.iter().any(|item| item.fidelity() == Fidelity::Lossy);
+    if let (false, Some(Item::Pass(step))) = (job.verify, job.items.iter().find(|item| item.is_free())) {
         return Err(ShrinkError::Unmeasured(step.info.name.to_owned()));
     }
     let keep = keep(model, &job.keep)?;
@@ -171,7 +172,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.random_inputs = samples.random;
         report.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
         report.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
-        report.notes.extend(chosen_shapes(samples));
+        report.notes.extend(samples.chosen_shapes());
     }
     report.before = Cost::of(model, &cx.bound);
     let mut base = model.clone();
@@ -223,22 +224,6 @@ fn keep(model: &Model, globs: &[globset::Glob]) -> Result<globset::GlobSet, Shri
     }
     // Each of them is valid; only all of them together could be too large.
     Ok(set.build().unwrap_or_default())
-}
-
-/// Which shapes were taken for open axes.
-fn chosen_shapes(samples: &Samples) -> Option<String> {
-    let other = samples.other.as_ref()?;
-    let spell = |dims: &[usize]| dims.iter().map(ToString::to_string).collect::<Vec<_>>().join("x");
-    let each = |(name, dims): (&String, &Vec<usize>)| format!("{name}={} and {}", spell(dims), spell(&other[name]));
-    let shapes: Vec<_> = samples.bound.iter().filter(|(name, dims)| other[*name] != **dims).map(each).collect();
-    Some(format!("open axes were tried as {}; --shape NAME=DIMS sets what matters to you", shapes.join(", ")))
-}
-
-fn fidelity(item: &Item) -> Fidelity {
-    match item {
-        Item::Simplify => Fidelity::Rounding,
-        Item::Pass(step) => step.info.fidelity,
-    }
 }
 
 /// Whether an error is inside a budget; NaN never is.

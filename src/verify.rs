@@ -75,6 +75,8 @@ pub struct Reference {
     flat: Vec<String>,
     /// What the error of each floating-point output is relative to.
     scales: Vec<f64>,
+    /// Outputs that these inputs hardly vary.
+    unexercised: Vec<String>,
 }
 
 /// Operators whose result may stand still while what goes in varies.
@@ -123,12 +125,17 @@ impl Reference {
             return Err(Cannot::NoSamples);
         }
         let mut runners = Runners::new(engine, model);
-        let outputs = inputs.iter().map(|sample| runners.run(sample)).collect::<Result<_, _>>()?;
+        let outputs = inputs.iter().map(|sample| runners.run(sample)).collect::<Result<Vec<_>, _>>()?;
         let (fed, names) = (input_names(model), output_names(model));
-        let engine = engine.clone();
-        let reference = Self { engine, fed, inputs, outputs, names, flat: Vec::new(), scales: Vec::new() };
-        let scales = reference.pools().iter().map(Pooled::scale).collect();
-        Ok(Self { scales, ..reference })
+        // Each output compared with itself.
+        let mut pools: Vec<_> = names.iter().map(|_| Pooled::default()).collect();
+        for sample in &outputs {
+            pools.iter_mut().zip(sample).for_each(|(pool, value)| pool.add(value, value));
+        }
+        let scales = pools.iter().map(Pooled::scale).collect();
+        let still = pools.iter().zip(&names).filter(|(pool, _)| !pool.varies());
+        let unexercised = still.map(|(_, name)| name.clone()).collect();
+        Ok(Self { engine: engine.clone(), fed, inputs, outputs, names, flat: Vec::new(), scales, unexercised })
     }
 
     /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
@@ -139,11 +146,12 @@ impl Reference {
     /// When the engine can't run the model.
     pub fn before_squashing(engine: &Engine, model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
         let reference = Self::new(engine, model, inputs)?;
-        let flat = reference.unexercised();
-        if flat.is_empty() {
+        if reference.unexercised.is_empty() {
             return Ok(reference);
         }
-        Ok(Self { flat: flat.clone(), ..Self::new(engine, &with_logits(model, &flat), reference.inputs)? })
+        let flat = reference.unexercised;
+        let more = Self::new(engine, &with_logits(model, &flat), reference.inputs)?;
+        Ok(Self { flat, ..more })
     }
 
     /// Compares `model`'s outputs on the same samples.
@@ -179,16 +187,6 @@ impl Reference {
     #[must_use]
     pub fn samples(&self) -> usize {
         self.inputs.len()
-    }
-
-    /// Each output compared with itself.
-    fn pools(&self) -> Vec<Pooled> {
-        let pool = |o: usize| {
-            let mut pool = Pooled::default();
-            self.outputs.iter().for_each(|sample| pool.add(&sample[o], &sample[o]));
-            pool
-        };
-        (0..self.names.len()).map(pool).collect()
     }
 
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
@@ -237,12 +235,7 @@ impl Reference {
     /// Whether no output, and nothing that is squashed into one, varies enough over the samples to be judged by.
     #[must_use]
     pub fn is_flat(&self) -> bool {
-        self.unexercised().len() == self.names.len()
-    }
-
-    fn unexercised(&self) -> Vec<String> {
-        let pools = self.pools();
-        pools.iter().zip(&self.names).filter(|(pool, _)| !pool.varies()).map(|(_, name)| name.clone()).collect()
+        self.unexercised.len() == self.names.len()
     }
 }
 

@@ -1,8 +1,6 @@
 //! Pipelines with lossy passes: those of a given strength run as they are, the others as far as the budget allows.
 
-use super::{
-    BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, fidelity, search::Search, search::is_free, within,
-};
+use super::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, search::Search, within};
 use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price},
@@ -59,17 +57,17 @@ impl<'a> Lossy<'a> {
     }
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let given: Vec<&Item> = self.job.items.iter().filter(|item| !is_free(item)).collect();
-        let is_lossy = given.iter().any(|item| fidelity(item) == Fidelity::Lossy);
+        let given: Vec<&Item> = self.job.items.iter().filter(|item| !item.is_free()).collect();
+        let is_lossy = given.iter().any(|item| item.fidelity() == Fidelity::Lossy);
         let mut left = self.base.clone();
         self.report.passes = pipeline::run(given, &mut left, cx, Price::default())?;
         let of_given = self.last.compare(&left)?;
         self.check_given(&of_given, is_lossy)?;
-        if self.job.items.iter().any(is_free) {
+        if self.job.items.iter().any(Item::is_free) {
             self.report.budget = Some(self.budget);
             // Without a budget of its own, what comes on top is measured against what the given strengths left.
-            let from = if is_lossy && self.job.max_error.is_none() { &left } else { self.model };
-            if let Some((model, difference)) = self.search(from, cx)? {
+            let on_top = is_lossy && self.job.max_error.is_none();
+            if let Some((model, difference)) = self.search(on_top.then_some(&left), cx)? {
                 self.report.difference = Some(difference);
                 return Ok(model);
             }
@@ -106,14 +104,17 @@ impl<'a> Lossy<'a> {
         Ok(())
     }
 
-    /// Searches for the smallest model inside the budget by the error against `from`, and checks it on samples that the
-    /// search did not see; also how it differs from the original.
-    fn search(&mut self, from: &Model, cx: &mut Context) -> Result<Option<(Model, Difference)>, ShrinkError> {
-        let reference = |part| Reference::before_squashing(&self.job.request.engine, from, self.samples.part(part));
-        let (seen, last) = (reference(Split::Search)?, reference(Split::Last)?);
-        if seen.is_flat() || last.is_flat() {
+    /// Searches for the smallest model inside the budget by the error against what given strengths left, or else against
+    /// the original, and checks it on samples that the search did not see; also how it differs from the original.
+    fn search(&mut self, given: Option<&Model>, cx: &mut Context) -> Result<Option<(Model, Difference)>, ShrinkError> {
+        let reference =
+            |from, part| Reference::before_squashing(&self.job.request.engine, from, self.samples.part(part));
+        let seen = reference(given.unwrap_or(self.model), Split::Search)?;
+        let given = given.map(|given| reference(given, Split::Last)).transpose()?;
+        if seen.is_flat() || given.as_ref().is_some_and(Reference::is_flat) {
             return Err(ShrinkError::Flat);
         }
+        let last = given.as_ref().unwrap_or(&self.last);
         let (job, budget) = (self.job, self.budget);
         let allowed =
             |d: &Difference, budget: f64| d.error <= budget && job.max_flips.is_none_or(|most| d.flips <= most);
@@ -130,7 +131,7 @@ impl<'a> Lossy<'a> {
             if allowed(&difference, limit) {
                 self.report.price = Some(trial.price);
                 self.report.passes = trial.outcomes;
-                let difference = self.last.compare(&trial.model)?;
+                let difference = if given.is_some() { self.last.compare(&trial.model)? } else { difference };
                 return Ok(Some((trial.model, difference)));
             }
             self.report.notes.push(format!(

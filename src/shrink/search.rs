@@ -8,7 +8,7 @@ use super::ShrinkError;
 use crate::{
     analysis::cost::Cost,
     codec::Model,
-    pass::{Context, Fidelity, Price},
+    pass::{Context, Price},
     pipeline::{self, Item, Outcome},
     verify::{Difference, Reference},
 };
@@ -21,11 +21,6 @@ const PRICE_SPAN: f64 = 1e8;
 const CEILING_SPAN: f64 = 100.0;
 /// How often the passes are measured alone: at the first guess, and at the price that this led to.
 const CALIBRATIONS: usize = 2;
-
-/// Whether the budget drives `item`.
-pub(super) fn is_free(item: &Item) -> bool {
-    matches!(item, Item::Pass(step) if step.info.fidelity == Fidelity::Lossy && !step.pass.is_fixed())
-}
 
 /// The search for the greatest price inside the budget: one price for every lossy pass and layer, which at the joint
 /// optimum all pay equally for a byte.
@@ -89,7 +84,7 @@ impl<'a> Search<'a> {
         cx: &'a mut Context,
         reference: &'a Reference,
     ) -> Result<Self, ShrinkError> {
-        let (before, items) = items.split_at(items.iter().position(is_free).unwrap_or(items.len()));
+        let (before, items) = items.split_at(items.iter().position(Item::is_free).unwrap_or(items.len()));
         let mut model = base.clone();
         let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
         let factors = vec![1.0; items.len()];
@@ -107,8 +102,8 @@ impl<'a> Search<'a> {
     ) -> Result<Option<Trial>, ShrinkError> {
         let mut best = Best { allowed, limit: budget, trial: None };
         // The whole budget for the whole file: the right order of magnitude.
-        let mut price = budget * budget / Cost::bytes(&self.start.0).max(1) as f64;
-        let free: Vec<_> = (0..self.items.len()).filter(|&i| is_free(&self.items[i])).collect();
+        let mut price = budget * budget / self.bytes.max(1) as f64;
+        let free: Vec<_> = (0..self.items.len()).filter(|&i| self.items[i].is_free()).collect();
         for _ in 0..if free.len() > 1 { CALIBRATIONS } else { 1 } {
             if free.len() > 1 {
                 self.calibrate(&free, price, progress)?;
@@ -116,15 +111,14 @@ impl<'a> Search<'a> {
             price = self.price(price, &mut best, progress)?;
         }
         // What is left of the budget goes to one pass after another: each alone, then on top of what the others did.
+        let none = vec![Price::default(); self.items.len()];
         if free.len() > 1 {
             for &i in &free {
-                let none = vec![Price::default(); self.items.len()];
                 self.ceiling(i, &none, (price, budget), &mut best, progress)?;
             }
         }
         for &i in &free {
-            let none = || vec![Price::default(); self.items.len()];
-            let prices = best.trial.as_ref().map_or_else(none, |trial| trial.prices.clone());
+            let prices = best.trial.as_ref().map_or(&none, |trial| &trial.prices).clone();
             self.ceiling(i, &prices, (price, budget), &mut best, progress)?;
         }
         Ok(best.trial)
@@ -133,7 +127,7 @@ impl<'a> Search<'a> {
     /// Bisects for the greatest price inside the budget, from a first guess.
     fn price(&mut self, guess: f64, best: &mut Best<'_>, progress: Progress<'_>) -> Result<f64, ShrinkError> {
         let mut attempt = |per_byte: f64| {
-            let prices = vec![Price { per_byte, ceiling: f64::INFINITY }; self.items.len()];
+            let prices = vec![Price::per_byte(per_byte); self.items.len()];
             self.attempt(per_byte, &prices, best, progress)
         };
         let (mut low, mut high) = (guess, guess);
@@ -206,7 +200,7 @@ impl<'a> Search<'a> {
     fn calibrate(&mut self, free: &[usize], price: f64, progress: Progress<'_>) -> Result<(), ShrinkError> {
         for &i in free {
             let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
-            let prices = vec![Price { per_byte: price, ceiling: f64::INFINITY }; self.items.len()];
+            let prices = vec![Price::per_byte(price); self.items.len()];
             let trial = self.measure(price, &prices, &others, f64::INFINITY, progress)?;
             let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
             let measured = trial.difference.error.powi(2);

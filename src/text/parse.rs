@@ -38,18 +38,8 @@ pub fn parse(text: &str) -> Result<Model, SyntaxError> {
     let mut model = parser.header()?;
     model.graph = Some(parser.graph()?);
     parser.expect(&Token::End)?;
-    let whole = |error: &dyn std::error::Error| SyntaxError { line: 1, what: chain(error) };
-    Model::decode(model.encode_to_vec().into(), None).map_err(|error| whole(&error))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
+    let whole = |error| SyntaxError { line: 1, what: format!("{:#}", anyhow::Error::from(error)) };
+    Model::decode(model.encode_to_vec().into(), None).map_err(whole)
 }
 
 type Parsed<T> = Result<T, SyntaxError>;

@@ -168,14 +168,7 @@ impl Samples {
         if let Some(name) = request.fixed.keys().chain(request.shapes.keys()).find(|name| !known(name)) {
             return Err(DataError::NoSuchInput(name.clone(), names()));
         }
-        for slot in &slots {
-            let (Some(given), Some(declared)) = (request.shapes.get(&slot.name), &slot.fact.dims) else { continue };
-            if given.len() != declared.len() || given.iter().zip(declared).any(|(g, d)| d.is_some_and(|d| d != *g)) {
-                let declared = spelled(declared.iter().copied());
-                let given = spelled(given.iter().map(|&d| Some(d)));
-                return Err(DataError::Contradicts { name: slot.name.clone(), declared, given });
-            }
-        }
+        check_shapes(&slots, request)?;
         let (arrays, ignored) = match &request.data {
             Some(path) => npz::read(path, &slots)?,
             None => (BTreeMap::new(), Vec::new()),
@@ -203,7 +196,7 @@ impl Samples {
             }
             let shape = |(slot, &open): (&Slot, &usize)| match split.get(&slot.name) {
                 Some(values) => values.first().map(|value| value.dims.clone()).unwrap_or_default(),
-                None => request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(1, open)),
+                None => slot.shape(request, 1, open),
             };
             let names = slots.iter().map(|slot| slot.name.clone());
             let bound: Bound = names.zip(slots.iter().zip(&sizes).map(shape)).collect();
@@ -245,14 +238,24 @@ impl Samples {
     #[must_use]
     pub fn likely_shapes(model: &Model, request: &Request) -> Bound {
         let slots = slots(&model.graph);
-        let shape = |slot: &Slot, open| request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(1, open));
-        let bound = |open: usize| slots.iter().map(|slot| (slot.name.clone(), shape(slot, open))).collect::<Bound>();
+        let shape = |slot: &Slot, open| (slot.name.clone(), slot.shape(request, 1, open));
+        let bound = |open: usize| slots.iter().map(|slot| shape(slot, open)).collect::<Bound>();
         let candidates = OPEN_AXES.iter().map(|&open| {
             let bound = bound(open);
             (Shapes::infer(&model.graph, &bound).known_count(), bound)
         });
         // The first of the best: larger inputs are likelier to be real ones.
         candidates.reduce(|best, next| if next.0 > best.0 { next } else { best }).map(|best| best.1).unwrap_or_default()
+    }
+
+    /// Which shapes were taken for open axes, where there were any to choose.
+    #[must_use]
+    pub fn chosen_shapes(&self) -> Option<String> {
+        let other = self.other.as_ref()?;
+        let spell = |dims: &[usize]| spelled(dims.iter().map(|&d| Some(d)));
+        let each = |(name, dims): (&String, &Vec<usize>)| format!("{name}={} and {}", spell(dims), spell(&other[name]));
+        let shapes: Vec<_> = self.bound.iter().filter(|(name, dims)| other[*name] != **dims).map(each).collect();
+        Some(format!("open axes were tried as {}; --shape NAME=DIMS sets what matters to you", shapes.join(", ")))
     }
 
     /// All samples, in order.
@@ -296,7 +299,11 @@ impl Samples {
 }
 
 impl Slot {
-    fn shape(&self, batch: usize, open: usize) -> Vec<usize> {
+    /// The shape that `request` gives, else the declared one with its open axes of these extents.
+    fn shape(&self, request: &Request, batch: usize, open: usize) -> Vec<usize> {
+        if let Some(dims) = request.shapes.get(&self.name) {
+            return dims.clone();
+        }
         let dims = self.fact.dims.as_deref().unwrap_or_default();
         let extent =
             |(i, d): (usize, &Option<usize>)| d.unwrap_or(if self.batches.contains(&i) { batch } else { open });
@@ -337,6 +344,19 @@ fn slots(graph: &Graph) -> Vec<Slot> {
     graph.fed_inputs().map(slot).collect()
 }
 
+/// Checks that the shapes of `request` are ones that the inputs can have.
+fn check_shapes(slots: &[Slot], request: &Request) -> Result<(), DataError> {
+    for slot in slots {
+        let (Some(given), Some(declared)) = (request.shapes.get(&slot.name), &slot.fact.dims) else { continue };
+        if given.len() != declared.len() || given.iter().zip(declared).any(|(g, d)| d.is_some_and(|d| d != *g)) {
+            let declared = spelled(declared.iter().copied());
+            let given = spelled(given.iter().map(|&d| Some(d)));
+            return Err(DataError::Contradicts { name: slot.name.clone(), declared, given });
+        }
+    }
+    Ok(())
+}
+
 /// Sizes of the open axes beyond the batch to try, one for each of `slots`: the same for all, then all mixtures.
 fn open_sizes(slots: &[Slot], request: &Request) -> Vec<Vec<usize>> {
     let is_open =
@@ -371,8 +391,7 @@ fn other_shapes(slots: &[Slot], request: &Request, sizes: &[usize]) -> Vec<Bound
     let bound = |batch: usize, grows: bool| -> Bound {
         let shape = |(slot, &size): (&Slot, &usize)| {
             let size = if grows { other(size, slot) } else { size };
-            let dims = request.shapes.get(&slot.name).cloned().unwrap_or_else(|| slot.shape(batch, size));
-            (slot.name.clone(), dims)
+            (slot.name.clone(), slot.shape(request, batch, size))
         };
         slots.iter().zip(sizes).map(shape).collect()
     };
