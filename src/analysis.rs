@@ -2,6 +2,7 @@
 
 pub mod channels;
 pub mod cost;
+pub mod numbering;
 pub mod shapes;
 
 /// Operators of one operand that compute each element of the result from the same element of it.

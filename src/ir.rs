@@ -15,6 +15,7 @@
 mod check;
 mod edit;
 mod extract;
+mod inline;
 mod op;
 pub mod tensor;
 mod weight;

@@ -221,23 +221,40 @@ pub fn everywhere(graph: &mut Graph, f: &mut impl FnMut(&mut Graph)) {
     }
 }
 
-/// Applies `rule` to every operator of `graph` and of the bodies in it, with what `prepare` finds out about the graph that
-/// the operator is in; says how often the rule found work.
-pub fn rewrite<T>(
-    graph: &mut Graph,
-    prepare: impl Fn(&Graph) -> T,
-    rule: impl Fn(&mut Graph, &T, NodeId) -> Option<()>,
-) -> usize {
+/// Applies `rule` to every operator of `graph` and of the bodies in it; says how often the rule found work.
+pub fn rewrite(graph: &mut Graph, rule: impl Fn(&mut Graph, NodeId) -> Option<()>) -> usize {
     let mut count = 0;
-    everywhere(graph, &mut |graph| {
-        let prepared = prepare(graph);
-        count += graph.ops().into_iter().filter_map(|node| rule(graph, &prepared, node)).count();
-    });
+    everywhere(graph, &mut |graph| count += graph.ops().into_iter().filter_map(|node| rule(graph, node)).count());
     count
 }
 
-/// The shapes that hold for every caller: what holds at the verified shape alone is not always so.
-#[must_use]
-pub fn declared_shapes(graph: &Graph) -> Shapes {
-    Shapes::infer(graph, &BTreeMap::new())
+/// As [`rewrite`], for a rule that asks for the shapes of the graph that the operator is in. They are those that hold for
+/// every caller: what holds at the verified shape alone is not always so.
+pub fn rewrite_shaped(graph: &mut Graph, rule: &impl Fn(&mut Graph, &Shapes, NodeId) -> Option<()>) -> usize {
+    let shapes = Shapes::infer(graph, &BTreeMap::new());
+    rewrite_inside(graph, &shapes, &|graph| Shapes::infer(graph, &BTreeMap::new()), rule)
+}
+
+/// Applies `rule` to `graph`, whose shapes `infer` finds, and then to the bodies in what it left.
+fn rewrite_inside(
+    graph: &mut Graph,
+    shapes: &Shapes,
+    infer: &dyn Fn(&Graph) -> Shapes,
+    rule: &impl Fn(&mut Graph, &Shapes, NodeId) -> Option<()>,
+) -> usize {
+    let mut count = graph.ops().into_iter().filter_map(|node| rule(graph, shapes, node)).count();
+    let holders = graph.holders();
+    if holders.is_empty() {
+        return count;
+    }
+    let shapes = infer(graph);
+    for id in holders {
+        let captured = shapes.captured(graph, id);
+        for body in graph.bodies_mut(id) {
+            let infer = |body: &Graph| Shapes::infer_body(body, &captured);
+            let shapes = infer(&body.graph);
+            count += rewrite_inside(&mut body.graph, &shapes, &infer, rule);
+        }
+    }
+    count
 }

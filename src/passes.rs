@@ -1,5 +1,6 @@
 //! The passes: one a file, one visible list.
 
+mod control_flow;
 mod dead_nodes;
 mod dedupe;
 mod fold_constants;
@@ -15,11 +16,12 @@ mod svd;
 use crate::pass::PassInfo;
 
 /// All passes. The exact and rounding ones stand in the order in which `simplify` runs them: what is dead goes first
-/// since it would be work for the others, identities before folding since they hide constants, folding before merging
+/// since it would be work for the others, branches that are always taken next since what is in them is, identities before folding since they hide constants, folding before merging
 /// since it makes equal constants, and fusion last since it needs its operands to be plain constants: activations before
 /// sums and products go into the layers around them.
 pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dead_nodes::DeadNodes>(),
+    PassInfo::of::<control_flow::ControlFlow>(),
     PassInfo::of::<identity::Identity>(),
     PassInfo::of::<fold_constants::FoldConstants>(),
     PassInfo::of::<dedupe::Dedupe>(),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use self::rules::Rule;
 use crate::{
-    ir::{DType, Graph, Kind, NodeId, Outlet, Tensor},
+    ir::{DType, Graph, Kind, NodeId, Op, Outlet, Output, Tensor},
     proto::{TypeProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto},
 };
 
@@ -31,7 +31,21 @@ pub struct Fact {
 #[derive(Clone, Debug, Default)]
 pub struct Shapes {
     facts: BTreeMap<Outlet, Fact>,
+    /// The body that each `If` takes, where that is settled.
+    taken: BTreeMap<NodeId, usize>,
+    /// Whether an operator is sure to fail, so that what was assumed can't be.
+    impossible: bool,
 }
+
+/// What an inference starts from.
+#[derive(Clone, Copy)]
+struct Start<'a> {
+    bound: &'a BTreeMap<String, Vec<usize>>,
+    captured: &'a BTreeMap<u32, Fact>,
+}
+
+/// Branches of different ranks are told apart by what follows for this many `If`s of a graph.
+const MAX_ASSUMED: usize = 64;
 
 impl Shapes {
     /// Infers the facts of `graph`, whose inputs have the shapes of `bound` where it names them, else those declared.
@@ -49,18 +63,60 @@ impl Shapes {
     /// Infers the facts of `body`, which `node` of `graph` holds, from these facts of `graph`.
     #[must_use]
     pub fn inside(&self, graph: &Graph, node: NodeId, body: &Graph) -> Self {
-        let fact = |(i, value)| (i, self.fact(value).cloned().unwrap_or_default());
-        Self::infer_body(body, &graph.captures(node).into_iter().map(fact).collect())
+        Self::infer_body(body, &self.captured(graph, node))
     }
 
+    /// What is known of the values that the bodies of `node` of `graph` capture, by number.
+    #[must_use]
+    pub fn captured(&self, graph: &Graph, node: NodeId) -> BTreeMap<u32, Fact> {
+        let fact = |(i, value)| (i, self.fact(value).cloned().unwrap_or_default());
+        graph.captures(node).into_iter().map(fact).collect()
+    }
+
+    /// Infers what follows, and where an `If` makes values of different ranks, what follows from each of its branches: one
+    /// from which the graph is sure to fail is not taken.
     fn with(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, captured: &BTreeMap<u32, Fact>) -> Self {
-        let mut shapes = Self::default();
+        let start = Start { bound, captured };
+        let mut shapes = Self::assuming(graph, start, &BTreeMap::new());
+        for id in graph.holders().into_iter().take(MAX_ASSUMED) {
+            if shapes.taken.contains_key(&id) || !shapes.is_ambiguous(graph, id) {
+                continue;
+            }
+            let mut assumed = shapes.taken.clone();
+            let mut possible = Vec::new();
+            for branch in 0..2 {
+                assumed.insert(id, branch);
+                let assuming = Self::assuming(graph, start, &assumed);
+                possible.extend((!assuming.impossible).then_some(assuming));
+            }
+            if let [_] = possible[..] {
+                shapes = possible.remove(0);
+            }
+        }
+        shapes
+    }
+
+    /// Whether `node` is an `If` whose branches make values of different ranks.
+    fn is_ambiguous(&self, graph: &Graph, node: NodeId) -> bool {
+        let unknown = |slot: u32| self.rank(node.at(slot)).is_none();
+        graph.op_of(node, "If").is_some_and(|op| op.bodies.len() == 2) && (0..graph.output_count(node)).any(unknown)
+    }
+
+    /// What follows if the `If`s that `assumed` names take these bodies.
+    fn assuming(graph: &Graph, start: Start<'_>, assumed: &BTreeMap<NodeId, usize>) -> Self {
+        let mut shapes = Self { taken: assumed.clone(), ..Self::default() };
         for id in graph.order() {
-            for (slot, fact) in (0..).zip(shapes.node(graph, id, bound, captured)) {
+            for (slot, fact) in (0..).zip(shapes.node(graph, id, start)) {
                 shapes.facts.insert(id.at(slot), fact);
             }
         }
         shapes
+    }
+
+    /// The body that the `If` at `node` takes on every input on which the graph does not fail, where that is settled.
+    #[must_use]
+    pub fn taken(&self, node: NodeId) -> Option<usize> {
+        self.taken.get(&node).copied()
     }
 
     /// What is known of `value`.
@@ -81,6 +137,12 @@ impl Shapes {
         self.dims(value)?.iter().copied().collect()
     }
 
+    /// The elements of `value`, if it is a small tensor of integers or booleans and all of them are known.
+    #[must_use]
+    pub fn integers(&self, value: Outlet) -> Option<Vec<i64>> {
+        self.fact(value)?.ints.as_ref()?.iter().copied().collect()
+    }
+
     /// How many values are of a shape that is known.
     #[must_use]
     pub fn known_count(&self) -> usize {
@@ -93,18 +155,12 @@ impl Shapes {
         self.dims(value).map(<[Dim]>::len)
     }
 
-    fn node(
-        &self,
-        graph: &Graph,
-        id: NodeId,
-        bound: &BTreeMap<String, Vec<usize>>,
-        captured: &BTreeMap<u32, Fact>,
-    ) -> Vec<Fact> {
+    fn node(&mut self, graph: &Graph, id: NodeId, start: Start<'_>) -> Vec<Fact> {
         let declared = |value: Outlet| graph.info(graph.name(value)).map(Fact::declared).unwrap_or_default();
         match graph.kind(id) {
             Kind::Input => {
                 let mut fact = declared(id.out());
-                if let Some(dims) = bound.get(graph.name(id.out())) {
+                if let Some(dims) = start.bound.get(graph.name(id.out())) {
                     fact.dims = Some(dims.iter().map(|&d| Some(d)).collect());
                 }
                 vec![fact]
@@ -112,7 +168,7 @@ impl Shapes {
             // A caller may feed something else.
             Kind::Const(constant) if constant.overridable => vec![declared(id.out())],
             Kind::Const(constant) => vec![Fact::of(constant.weight.value())],
-            Kind::Capture(i) => vec![captured.get(i).cloned().unwrap_or_else(|| declared(id.out()))],
+            Kind::Capture(i) => vec![start.captured.get(i).cloned().unwrap_or_else(|| declared(id.out()))],
             Kind::Sparse(_) => vec![declared(id.out())],
             Kind::Op(op) => {
                 let operands = graph.operands(id);
@@ -122,7 +178,10 @@ impl Shapes {
                     .collect();
                 let constants: Vec<_> = operands.iter().map(|value| value.and_then(|v| graph.constant(v))).collect();
                 let rule = Rule { op, opset: graph.opset(), inputs: &inputs, constants: &constants };
-                let mut facts = rule.facts(graph.output_count(id) as usize).unwrap_or_default();
+                self.impossible |= rule.fails();
+                let facts = if op.is("If") { self.branches(graph, id, op) } else { None };
+                let facts = facts.or_else(|| rule.facts(graph.output_count(id) as usize));
+                let mut facts = facts.unwrap_or_default();
                 facts.resize(graph.output_count(id) as usize, Fact::default());
                 // Of declarations inside the graph only the types are believed: shapes there are often stale.
                 for (slot, fact) in (0..).zip(&mut facts) {
@@ -132,9 +191,61 @@ impl Shapes {
             }
         }
     }
+
+    /// What is known of the results of the `If` at `id`: what holds for the branch that it takes, or for both.
+    fn branches(&mut self, graph: &Graph, id: NodeId, op: &Op) -> Option<Vec<Fact>> {
+        let place = |attribute: &str| op.bodies.iter().position(|body| body.attribute == attribute);
+        let (then, otherwise) = (place("then_branch")?, place("else_branch")?);
+        let condition = self.fact(graph.operand(id, 0)?).and_then(|fact| *fact.ints.as_ref()?.first()?);
+        let settled = condition.map(|condition| if condition != 0 { then } else { otherwise });
+        let captured = self.captured(graph, id);
+        let start = Start { bound: &BTreeMap::new(), captured: &captured };
+        let mut results = [then, otherwise].map(|body| {
+            let inside = &op.bodies[body].graph;
+            let shapes = Self::assuming(inside, start, &BTreeMap::new());
+            let fact = |output: &Output| shapes.fact(output.value).cloned().unwrap_or_default();
+            (body, shapes.impossible, inside.outputs().iter().map(fact).collect::<Vec<_>>())
+        });
+        let assumed = self.taken.get(&id).copied();
+        if assumed.is_some() && settled.is_some() && assumed != settled {
+            self.impossible = true;
+        }
+        let possible = match (results[0].1, results[1].1) {
+            (true, false) => Some(otherwise),
+            (false, true) => Some(then),
+            _ => None,
+        };
+        let taken = settled.or(assumed).or(possible);
+        if let Some(taken) = taken {
+            self.taken.insert(id, taken);
+            results.sort_by_key(|(body, ..)| *body != taken);
+            self.impossible |= results[0].1;
+            return Some(std::mem::take(&mut results[0].2));
+        }
+        self.impossible |= results[0].1 && results[1].1;
+        let [(_, _, a), (_, _, b)] = results;
+        Some(a.into_iter().zip(b).map(|(a, b)| a.or(&b)).collect())
+    }
 }
 
 impl Fact {
+    /// What holds whether this is true of a value or `other` is.
+    fn or(self, other: &Self) -> Self {
+        let dims = match (self.dims, &other.dims) {
+            (Some(a), Some(b)) if a.len() == b.len() => {
+                Some(a.into_iter().zip(b).map(|(a, b)| a.filter(|_| a == *b)).collect())
+            }
+            _ => None,
+        };
+        let ints = match (self.ints, &other.ints) {
+            (Some(a), Some(b)) if a.len() == b.len() => {
+                Some(a.into_iter().zip(b).map(|(a, b)| a.filter(|_| a == *b)).collect())
+            }
+            _ => None,
+        };
+        Self { dtype: self.dtype.filter(|_| self.dtype == other.dtype), dims, ints }
+    }
+
     fn new(dtype: Option<DType>, dims: Vec<Dim>) -> Self {
         Self { dtype, dims: Some(dims), ints: None }
     }

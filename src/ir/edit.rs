@@ -145,7 +145,7 @@ impl Graph {
         self.op(value.node).is_some() && !self.is_output(value) && !self.is_pinned(value)
     }
 
-    /// Makes the operator `node`, which has one result, the constant `weight` of the same name.
+    /// Makes `node`, an operator with one result or a captured value, the constant `weight` of the same name.
     pub fn settle(&mut self, node: NodeId, weight: Weight) {
         self.edits += 1;
         let sources: Vec<_> = self.dag.neighbors_directed(node.0, Direction::Incoming).map(NodeId).collect();

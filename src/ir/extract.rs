@@ -60,6 +60,20 @@ impl Graph {
         Some(part)
     }
 
+    /// The graph with `value` as its one output, all inputs kept.
+    #[must_use]
+    pub(crate) fn computing(&self, value: Outlet) -> Self {
+        let mut graph = self.clone();
+        graph.outputs.clear();
+        graph.push_output(value, declaration(self.name(value), None));
+        for id in self.order().into_iter().rev() {
+            if graph.contains(id) {
+                graph.sweep(id);
+            }
+        }
+        graph
+    }
+
     /// The nodes that `outputs` depend on, back to the values of `cut`.
     fn cone(&self, cut: &BTreeSet<Outlet>, outputs: &[Outlet]) -> BTreeSet<NodeId> {
         let mut cone = BTreeSet::new();

@@ -1,12 +1,15 @@
 //! See [`FoldConstants`].
 
+use std::collections::BTreeMap;
+
+use petgraph::unionfind::UnionFind;
 use prost::Message;
 
 use crate::{
     analysis::shapes::Shapes,
     eval,
-    ir::{DType, Graph, Inlet, NodeId, Tensor, Weight},
-    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
+    ir::{Graph, Inlet, NodeId, Outlet, Tensor, Weight},
+    pass::{Context, Declare, Fidelity, Pass, everywhere, rewrite_shaped},
 };
 
 /// Compute what depends on constants alone, and what is known of shapes, once and for all.
@@ -30,9 +33,84 @@ impl Pass for FoldConstants {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let rule =
             |graph: &mut Graph, shapes: &Shapes, node| fold(graph, shapes, node).or_else(|| infer(graph, shapes, node));
-        cx.add("operators folded", rewrite(graph, declared_shapes, rule));
+        let mut folded = 0;
+        everywhere(graph, &mut |graph| folded += fold_together(graph));
+        cx.add("operators folded", folded + rewrite_shaped(graph, &rule));
         Ok(())
     }
+}
+
+/// Constants of at most this many bytes, axes and extents, tie nothing together.
+const MAX_UNTIED: usize = 64;
+
+/// Operators that depend on constants alone and are tied by constants or values that they share.
+#[derive(Default)]
+struct Tied {
+    operators: Vec<NodeId>,
+    /// Values that something else reads.
+    results: Vec<NodeId>,
+    /// Bytes of the file that go and that come where all are folded.
+    freed: usize,
+    made: usize,
+}
+
+/// Makes constants of operators on constants, where all that are tied together take no more bytes as constants: each part
+/// of a weight that is cut and put together in another order may be as large as the weight.
+fn fold_together(graph: &mut Graph) -> usize {
+    let mut values: BTreeMap<NodeId, Tensor> = BTreeMap::new();
+    let order = graph.order();
+    let place: BTreeMap<NodeId, usize> = order.iter().copied().zip(0..).collect();
+    let mut ties = UnionFind::<usize>::new(order.len());
+    for id in order {
+        let Some(op) = graph.op(id).filter(|op| op.bodies.is_empty() && graph.output_count(id) == 1) else { continue };
+        let operands = graph.operands(id);
+        let read = |value: &Option<Outlet>| value.map(|v| graph.constant(v).or_else(|| values.get(&v.node)));
+        let inputs: Vec<_> = operands.iter().map(read).collect();
+        if inputs.is_empty() || inputs.iter().any(|input| matches!(input, Some(None))) {
+            continue;
+        }
+        let inputs: Vec<_> = inputs.into_iter().map(Option::flatten).collect();
+        let Some(value) = eval::evaluate(op, graph.opset(), &inputs).and_then(|mut values| values.pop()) else {
+            continue;
+        };
+        for (operand, input) in operands.iter().zip(&inputs) {
+            if let (Some(operand), Some(_)) = (operand, input.filter(|input| input.byte_len() > MAX_UNTIED)) {
+                ties.union(place[&id], place[&operand.node]);
+            }
+        }
+        values.insert(id, value);
+    }
+    let mut tied: BTreeMap<usize, Tied> = BTreeMap::new();
+    for (&id, value) in &values {
+        let tied = tied.entry(ties.find(place[&id])).or_default();
+        tied.operators.push(id);
+        tied.freed += graph.op(id).map_or(0, |op| op.proto.encoded_len());
+        if graph.is_output(id.out()) || graph.uses(id.out()).iter().any(|(reader, _)| !values.contains_key(reader)) {
+            tied.made += value.byte_len();
+            tied.results.push(id);
+        }
+    }
+    for constant in graph.node_ids().filter(|id| !values.contains_key(id) && graph.constant(id.out()).is_some()) {
+        let stays = graph.is_output(constant.out()) || graph.is_pinned(constant.out());
+        if !stays && graph.uses(constant.out()).iter().all(|(reader, _)| values.contains_key(reader)) {
+            if let (Some(tied), Some(tensor)) =
+                (tied.get_mut(&ties.find(place[&constant])), graph.constant(constant.out()))
+            {
+                tied.freed += tensor.byte_len();
+            }
+        }
+    }
+    let mut folded = 0;
+    for tied in tied.into_values().filter(|tied| tied.made <= tied.freed) {
+        if tied.results.iter().any(|id| graph.is_output(id.out())) {
+            continue;
+        }
+        folded += tied.operators.len();
+        for id in tied.results {
+            graph.settle(id, Weight::dense(values[&id].clone()));
+        }
+    }
+    folded
 }
 
 /// Makes `node` the constant that it always is.
@@ -90,6 +168,6 @@ fn known(shapes: &Shapes, node: NodeId) -> Option<Tensor> {
     let fact = shapes.fact(node.out())?;
     let ints: Vec<i64> = fact.ints.as_ref()?.iter().copied().collect::<Option<_>>()?;
     let dims: Vec<usize> = fact.dims.as_ref()?.iter().copied().collect::<Option<_>>()?;
-    (fact.dtype == Some(DType::Int64) && dims.iter().product::<usize>() == ints.len())
-        .then(|| Tensor::i64(&dims, &ints))
+    let dtype = fact.dtype.filter(|_| dims.iter().product::<usize>() == ints.len())?;
+    Tensor::integers(dtype, &dims, &ints)
 }

@@ -25,12 +25,12 @@ impl Declare for FuseActivation {
 
 impl Pass for FuseActivation {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let rule = |graph: &mut Graph, (): &(), node| {
+        let rule = |graph: &mut Graph, node| {
             // What the first makes, the second may take up.
             let (sigmoid, swish) = (hard_sigmoid(graph, node), hard_swish(graph, node));
             sigmoid.or(swish)
         };
-        cx.add("activations fused", rewrite(graph, |_| (), rule));
+        cx.add("activations fused", rewrite(graph, rule));
         Ok(())
     }
 }

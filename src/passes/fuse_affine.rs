@@ -29,11 +29,10 @@ impl Declare for FuseAffine {
 
 impl Pass for FuseAffine {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let rule = |graph: &mut Graph, (): &(), node| {
-            after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node))
-        };
+        let rule =
+            |graph: &mut Graph, node| after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node));
         // Each rewrite removes an operator, and may bring the next one beside a layer.
-        let rounds = std::iter::repeat_with(|| rewrite(graph, |_| (), rule));
+        let rounds = std::iter::repeat_with(|| rewrite(graph, &rule));
         let fused = rounds.take_while(|&fused| fused > 0).sum();
         cx.add("operators fused", fused);
         Ok(())

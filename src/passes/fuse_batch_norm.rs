@@ -26,7 +26,7 @@ impl Declare for FuseBatchNorm {
 
 impl Pass for FuseBatchNorm {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        cx.add("normalizations fused", rewrite(graph, |_| (), |graph, (), node| fuse(graph, node)));
+        cx.add("normalizations fused", rewrite(graph, fuse));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     analysis::shapes::Shapes,
     ir::{Graph, NodeId, Op},
-    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
+    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Make one `Gemm` of a `MatMul` of matrices and the `Add` of a bias after it.
@@ -23,7 +23,7 @@ impl Declare for FuseMatmulAdd {
 
 impl Pass for FuseMatmulAdd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        cx.add("products fused", rewrite(graph, declared_shapes, fuse));
+        cx.add("products fused", rewrite_shaped(graph, &fuse));
         Ok(())
     }
 }

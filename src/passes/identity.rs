@@ -3,7 +3,7 @@
 use crate::{
     analysis::shapes::Shapes,
     ir::{DType, Graph, NodeId, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, declared_shapes, rewrite},
+    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Remove operators that pass their input on unchanged.
@@ -27,7 +27,7 @@ impl Declare for Identity {
 
 impl Pass for Identity {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        cx.add("operators removed", rewrite(graph, declared_shapes, bypass));
+        cx.add("operators removed", rewrite_shaped(graph, &bypass));
         Ok(())
     }
 }
@@ -45,6 +45,23 @@ fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     graph.replace_uses(output, input);
     graph.sweep(node);
     Some(())
+}
+
+/// Whether the slice at `node` runs from the first element to one that no extent reaches.
+fn takes_all(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<bool> {
+    let op = graph.op(node)?;
+    let given = |attribute: &str, slot: u32| match graph.operand(node, slot) {
+        Some(value) => shapes.integers(value),
+        None => op.ints(attribute).map(<[i64]>::to_vec),
+    };
+    let ends = given("ends", 2)?;
+    let steps = graph.operand(node, 4).map_or_else(|| Some(vec![1]), |steps| shapes.integers(steps))?;
+    let all = |values: &[i64], wanted: fn(i64) -> bool| values.iter().all(|&value| wanted(value));
+    Some(
+        all(&given("starts", 1)?, |start| start == 0)
+            && all(&ends, |end| end >= i64::from(i32::MAX))
+            && all(&steps, |step| step == 1),
+    )
 }
 
 fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> Option<bool> {
@@ -77,7 +94,7 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
         "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => same_shape()?,
         "Expand" => fully_known()?,
         // A slice or pad that keeps every extent keeps every element, unless it runs backwards or moves them.
-        "Slice" => fully_known()? && graph.operand(node, 4).is_none(),
+        "Slice" => takes_all(graph, shapes, node)? || fully_known()? && graph.operand(node, 4).is_none(),
         "Pad" => {
             let pads = match graph.operand(node, 1) {
                 Some(pads) => graph.constant(pads)?.i64s()?,

@@ -1,5 +1,6 @@
 //! Running models: what is fed, what comes out, and the engines that do it.
 
+mod branches;
 mod onnxruntime;
 mod tract;
 
@@ -152,7 +153,7 @@ impl Engine {
         let prepared = Prepared { model: &plain, types };
         Ok(Runner(match &self.onnxruntime {
             Some(library) => Box::new(library.session(&prepared, sample)?),
-            None => Box::new(tract::Plan::new(&prepared, sample)?),
+            None => Box::new(branches::Branches::new(&prepared, sample)?),
         }))
     }
 }

@@ -34,8 +34,10 @@ impl Rule<'_> {
             "Identity" => Some(vec![x.clone()]),
             "Cast" => {
                 let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
+                let truth = |i: i64| if to == Some(DType::Bool) { i64::from(i != 0) } else { i };
+                let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| i.map(truth)).collect::<Vec<_>>());
                 // Other types round or wrap.
-                let ints = x.ints.clone().filter(|ints| ints.iter().flatten().all(|&i| fits(i, to)));
+                let ints = ints.filter(|ints| fits(0, to) && ints.iter().flatten().all(|&i| fits(i, to)));
                 Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
             "Dropout" => {
@@ -46,6 +48,10 @@ impl Rule<'_> {
                 self.elementwise(x.dtype)
             }
             "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual" => self.elementwise(Some(DType::Bool)),
+            "Not" => {
+                let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| i.map(|i| i64::from(i == 0))).collect());
+                Some(vec![Fact { ints, ..x.clone() }])
+            }
             "Where" => self.elementwise(self.input(1)?.dtype),
             "Conv" => one(self.conv()),
             "ConvTranspose" => one(self.conv_transpose()),
@@ -64,6 +70,10 @@ impl Rule<'_> {
             "Squeeze" => self.squeeze(),
             "Unsqueeze" => self.unsqueeze(),
             "Shape" => Some(self.shape()),
+            "Size" => {
+                let count = product(x.dims.as_ref()?).and_then(|count| i64::try_from(count).ok());
+                Some(vec![Fact { dtype: Some(DType::Int64), dims: Some(Vec::new()), ints: Some(vec![count]) }])
+            }
             "ConstantOfShape" => self.constant_of_shape(),
             "Gather" => self.gather(),
             "Slice" => self.slice(),
@@ -78,6 +88,25 @@ impl Rule<'_> {
             "LSTM" | "GRU" | "RNN" => self.recurrent(outputs),
             op if ELEMENTWISE.contains(&op) || SAME_SHAPE.contains(&op) => same(),
             _ => None,
+        }
+    }
+
+    /// Whether the operator is sure to fail on operands of which this is known.
+    pub(super) fn fails(&self) -> bool {
+        let rank = |slot: usize| self.dims(slot).map(Vec::len);
+        let Some(x) = rank(0) else { return false };
+        match self.op.standard() {
+            Some("LSTM" | "GRU" | "RNN") => x != 3,
+            Some("Conv" | "ConvTranspose") => rank(1).is_some_and(|w| w != x),
+            Some("Gemm") => x != 2 || rank(1).is_some_and(|w| w != 2),
+            Some("Concat") => (1..self.inputs.len()).filter_map(rank).any(|other| other != x),
+            Some("Squeeze") => {
+                let Given::Known(axes) = self.integers("axes", 1) else { return false };
+                let wide =
+                    |a: i64| axis(a, x).is_none_or(|a| self.dims(0).is_some_and(|d| d[a].is_some_and(|d| d != 1)));
+                axes.into_iter().flatten().any(wide)
+            }
+            _ => false,
         }
     }
 
@@ -101,7 +130,7 @@ impl Rule<'_> {
         }
         let ints = match self.inputs {
             [Some(Fact { ints: Some(a), .. }), Some(Fact { ints: Some(b), .. })]
-                if fits(0, dtype) && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
+                if fits(0, dtype) && dims.len() <= 1 && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
             {
                 let n = if a.len() == 1 { b.len() } else { a.len() };
                 let at = |v: &[Option<i64>], i: usize| v[if v.len() == 1 { 0 } else { i }];
@@ -110,6 +139,13 @@ impl Rule<'_> {
                     "Sub" => x.checked_sub(y),
                     "Mul" => x.checked_mul(y),
                     "Div" => x.checked_div(y),
+                    "Equal" => Some(i64::from(x == y)),
+                    "Less" => Some(i64::from(x < y)),
+                    "Greater" => Some(i64::from(x > y)),
+                    "LessOrEqual" => Some(i64::from(x <= y)),
+                    "GreaterOrEqual" => Some(i64::from(x >= y)),
+                    "And" => Some(i64::from(x != 0 && y != 0)),
+                    "Or" => Some(i64::from(x != 0 || y != 0)),
                     _ => None,
                 };
                 Some((0..n).map(|i| f(at(a, i)?, at(b, i)?).filter(|&value| fits(value, dtype))).collect())
@@ -286,6 +322,7 @@ fn fits(value: i64, dtype: Option<DType>) -> bool {
     match dtype {
         Some(DType::Int64) => true,
         Some(DType::Int32) => i32::try_from(value).is_ok(),
+        Some(DType::Bool) => value == 0 || value == 1,
         _ => false,
     }
 }
