@@ -5,6 +5,47 @@ pub mod cost;
 pub mod numbering;
 pub mod shapes;
 
+/// Operators of several operands, broadcast to one shape, that compute each element of the result from the elements of the
+/// same place.
+const BROADCASTING: &[&str] = &[
+    "Add",
+    "And",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Div",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "Max",
+    "Mean",
+    "Min",
+    "Mod",
+    "Mul",
+    "Or",
+    "PRelu",
+    "Pow",
+    "Sub",
+    "Sum",
+    "Where",
+    "Xor",
+];
+
+/// Whether an operator computes each element of its result from the elements of the same place of its operands, which are
+/// broadcast.
+#[must_use]
+pub fn is_broadcasting(op_type: &str) -> bool {
+    BROADCASTING.contains(&op_type)
+}
+
+/// Whether an operator computes each element of its result from the same element of its first operand.
+#[must_use]
+pub fn is_elementwise(op_type: &str) -> bool {
+    ELEMENTWISE.contains(&op_type)
+}
+
 /// Operators of one operand that compute each element of the result from the same element of it.
 const ELEMENTWISE: &[&str] = &[
     "Abs",

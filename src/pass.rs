@@ -228,21 +228,28 @@ pub fn rewrite(graph: &mut Graph, rule: impl Fn(&mut Graph, NodeId) -> Option<()
     count
 }
 
-/// As [`rewrite`], for a rule that asks for the shapes of the graph that the operator is in. They are those that hold for
-/// every caller: what holds at the verified shape alone is not always so.
+/// As [`rewrite`], for a rule that asks for the shapes of the graph that the operator is in, see [`everywhere_shaped`].
 pub fn rewrite_shaped(graph: &mut Graph, rule: &impl Fn(&mut Graph, &Shapes, NodeId) -> Option<()>) -> usize {
-    let shapes = Shapes::infer(graph, &BTreeMap::new());
-    rewrite_inside(graph, &shapes, &|graph| Shapes::infer(graph, &BTreeMap::new()), rule)
+    let all = |graph: &mut Graph, shapes: &Shapes| {
+        graph.ops().into_iter().filter_map(|node| rule(graph, shapes, node)).count()
+    };
+    everywhere_shaped(graph, &all)
 }
 
-/// Applies `rule` to `graph`, whose shapes `infer` finds, and then to the bodies in what it left.
-fn rewrite_inside(
+/// Runs `f` on `graph` and on every body in it, outer ones first, each with its shapes, and adds up what it answers. The
+/// shapes are those that hold for every caller: what holds at the verified shape alone is not always so.
+pub fn everywhere_shaped(graph: &mut Graph, f: &impl Fn(&mut Graph, &Shapes) -> usize) -> usize {
+    everywhere_inside(graph, &|graph| Shapes::infer(graph, &BTreeMap::new()), f)
+}
+
+/// Runs `f` on `graph`, whose shapes `infer` finds, and then on the bodies in what it left.
+fn everywhere_inside(
     graph: &mut Graph,
-    shapes: &Shapes,
     infer: &dyn Fn(&Graph) -> Shapes,
-    rule: &impl Fn(&mut Graph, &Shapes, NodeId) -> Option<()>,
+    f: &impl Fn(&mut Graph, &Shapes) -> usize,
 ) -> usize {
-    let mut count = graph.ops().into_iter().filter_map(|node| rule(graph, shapes, node)).count();
+    let shapes = infer(graph);
+    let mut count = f(graph, &shapes);
     let holders = graph.holders();
     if holders.is_empty() {
         return count;
@@ -251,9 +258,7 @@ fn rewrite_inside(
     for id in holders {
         let captured = shapes.captured(graph, id);
         for body in graph.bodies_mut(id) {
-            let infer = |body: &Graph| Shapes::infer_body(body, &captured);
-            let shapes = infer(&body.graph);
-            count += rewrite_inside(&mut body.graph, &shapes, &infer, rule);
+            count += everywhere_inside(&mut body.graph, &|body| Shapes::infer_body(body, &captured), f);
         }
     }
     count

@@ -10,6 +10,7 @@ mod fuse_batch_norm;
 mod fuse_matmul_add;
 mod identity;
 mod layer;
+mod layout;
 mod prune;
 mod svd;
 
@@ -25,6 +26,7 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<identity::Identity>(),
     PassInfo::of::<fold_constants::FoldConstants>(),
     PassInfo::of::<dedupe::Dedupe>(),
+    PassInfo::of::<layout::Layout>(),
     PassInfo::of::<fuse_activation::FuseActivation>(),
     PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
     PassInfo::of::<fuse_matmul_add::FuseMatmulAdd>(),
