@@ -7,7 +7,10 @@ mod fold_constants;
 mod fuse_activation;
 mod fuse_affine;
 mod fuse_batch_norm;
+mod fuse_elementwise;
 mod fuse_matmul_add;
+mod fuse_movement;
+mod fuse_pad;
 mod identity;
 mod layer;
 mod layout;
@@ -26,11 +29,14 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<identity::Identity>(),
     PassInfo::of::<fold_constants::FoldConstants>(),
     PassInfo::of::<dedupe::Dedupe>(),
+    PassInfo::of::<fuse_movement::FuseMovement>(),
+    PassInfo::of::<fuse_elementwise::FuseElementwise>(),
     PassInfo::of::<layout::Layout>(),
     PassInfo::of::<fuse_activation::FuseActivation>(),
     PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
     PassInfo::of::<fuse_matmul_add::FuseMatmulAdd>(),
     PassInfo::of::<fuse_affine::FuseAffine>(),
+    PassInfo::of::<fuse_pad::FusePad>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<prune::Prune>(),
 ];

@@ -8,9 +8,10 @@ use crate::{
 
 /// Remove operators that pass their input on unchanged.
 ///
-/// `Identity`, `Dropout` at inference, `Cast` to the type it has, `Transpose` that keeps the order, `Concat` of one
-/// tensor, and `Reshape`, `Flatten`, `Squeeze`, `Unsqueeze`, `Expand`, `Slice` and `Pad` whose result has the known
-/// shape of their input.
+/// `Identity`, `Dropout` at inference, `Cast` to the type it has, `Transpose` that keeps the order, `Concat`, `Sum`, `Max`,
+/// `Min` and `Mean` of one tensor, `Split` into one part, `Expand` and `Tile` by ones, sums with zero and products with one,
+/// `And` with true and `Or` with false, and `Reshape`, `Flatten`, `Squeeze`, `Unsqueeze`, `Expand`, `Resize`, `Slice` and `Pad`
+/// whose result has the known shape of their input.
 ///
 /// Applies when: the result is no output, or the input can take the output's name. An `Identity` from an input, a
 /// constant or another output to an output stays: the interface needs it.
@@ -34,9 +35,12 @@ impl Pass for Identity {
 
 /// Has the readers of `node` read its input, if that is the same, and removes it.
 fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    let input = graph.operand(node, 0)?;
     let output = node.out();
-    if !is_identity(graph, shapes, node, input)? || graph.is_pinned(output) {
+    let input = match neutral(graph, shapes, node) {
+        Some(input) => input,
+        None => graph.operand(node, 0).filter(|&input| is_identity(graph, shapes, node, input) == Some(true))?,
+    };
+    if graph.is_pinned(output) {
         return None;
     }
     if graph.is_output(output) && !graph.can_take_name(input) {
@@ -45,6 +49,52 @@ fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     graph.replace_uses(output, input);
     graph.sweep(node);
     Some(())
+}
+
+/// The operand that `node` passes on unchanged since the other one is a constant of zeros, ones or the like.
+fn neutral(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Outlet> {
+    let op = graph.op(node)?.standard().filter(|_| graph.opset() >= 7)?;
+    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let wanted = match op {
+        "Add" | "Sub" | "Or" | "Xor" => 0.0,
+        "Mul" | "Div" | "Pow" | "And" => 1.0,
+        _ => return None,
+    };
+    let is_neutral = |value: Outlet, other: Outlet| {
+        let constant = graph.constant(value)?;
+        let dims = shapes.dims(other)?;
+        // The constant must not widen the result.
+        let at = |axis: usize| dims.len().checked_sub(axis + 1).map(|i| dims[i]);
+        let fits = constant.dims().len() <= dims.len()
+            && constant.dims().iter().rev().enumerate().all(|(axis, &d)| d == 1 || at(axis) == Some(Some(d)));
+        // Powers are of the type of the base.
+        if !fits || shapes.fact(other)?.dtype != Some(constant.dtype()) {
+            return None;
+        }
+        let all = match (constant.f64s(), constant.i64s()) {
+            (Some(values), _) => values.iter().all(|&v| v == wanted),
+            (None, Some(values)) => values.iter().all(|&v| v as f64 == wanted),
+            _ => false,
+        };
+        all.then_some(other)
+    };
+    let commutes = matches!(op, "Add" | "Mul" | "And" | "Or" | "Xor");
+    is_neutral(b, a).or_else(|| is_neutral(a, b).filter(|_| commutes))
+}
+
+/// Whether the `Resize` at `node` keeps every extent, and so every element.
+fn resizes_nothing(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<bool> {
+    let op = graph.op(node).filter(|_| graph.opset() >= 11)?;
+    if op.string("coordinate_transformation_mode") == Some("tf_crop_and_resize") {
+        return Some(false);
+    }
+    if let Some(scales) = graph.operand(node, 2).filter(|_| graph.operand(node, 3).is_none()) {
+        return Some(graph.constant(scales)?.f32s()?.iter().all(|&scale| scale == 1.0));
+    }
+    let whole = op.ints("axes").is_none() && matches!(op.string("keep_aspect_ratio_policy"), None | Some("stretch"));
+    let sizes: Vec<_> = shapes.integers(graph.operand(node, 3)?)?;
+    let dims = shapes.known(graph.operand(node, 0)?)?;
+    Some(whole && sizes.iter().copied().eq(dims.iter().map(|&d| d as i64)))
 }
 
 /// Whether the slice at `node` runs from the first element to one that no extent reaches.
@@ -90,9 +140,16 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
             DType::try_from(i32::try_from(op.int("to")?).ok()?).ok()? == from
         }
         "Transpose" => op.ints("perm")?.iter().copied().eq(0..op.ints("perm")?.len() as i64),
-        "Concat" => graph.operands(node).len() == 1,
+        "Concat" | "Sum" | "Max" | "Min" | "Mean" => graph.operands(node).len() == 1,
+        "Split" => graph.output_count(node) == 1,
+        "Tile" if graph.opset() >= 6 => shapes.integers(graph.operand(node, 1)?)?.iter().all(|&times| times == 1),
+        "Resize" => resizes_nothing(graph, shapes, node)?,
         "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => same_shape()?,
-        "Expand" => fully_known()?,
+        "Expand" => {
+            let target = graph.operand(node, 1).and_then(|target| shapes.integers(target));
+            let ones = target.is_some_and(|t| t.iter().all(|&d| d == 1) && Some(t.len()) <= shapes.rank(input));
+            ones || fully_known()?
+        }
         // A slice or pad that keeps every extent keeps every element, unless it runs backwards or moves them.
         "Slice" => takes_all(graph, shapes, node)? || fully_known()? && graph.operand(node, 4).is_none(),
         "Pad" => {
