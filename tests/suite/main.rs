@@ -1,6 +1,7 @@
 //! All integration tests in one binary: the engine is linked once.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod backend;
 mod cli;
 mod codec;
 mod models;

@@ -29,9 +29,7 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
-        let beside = || anyhow::Ok(std::env::current_exe()?.with_file_name("onnx-shrink"));
-        let program = self.program.clone().map_or_else(beside, Ok)?;
-        ensure!(program.exists(), "{} is missing: run `cargo build --release`", program.display());
+        let program = crate::program(self.program.as_ref())?;
         if !self.models.is_empty() {
             self.simplification(&program)?;
         }

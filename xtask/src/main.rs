@@ -1,12 +1,16 @@
 //! The project's own chores.
 #![allow(clippy::print_stdout)]
 
+mod backend;
 mod bench;
 mod fixtures;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use onnx_shrink::{pass::table, passes::PASSES};
 
@@ -21,6 +25,8 @@ enum Task {
     },
     /// Print how fast and how lean the program is, beside the peers.
     Bench(bench::Bench),
+    /// Simplify the ONNX backend suite, and compare what the models compute in ONNX Runtime.
+    BackendSuite(backend::BackendSuite),
     /// Write the models of `fixtures/roundtrip`, which show every part of the format.
     Fixtures(fixtures::Fixtures),
 }
@@ -32,8 +38,17 @@ fn main() -> anyhow::Result<()> {
     match Task::parse() {
         Task::Codegen { check } => codegen(check),
         Task::Bench(bench) => bench.run(),
+        Task::BackendSuite(suite) => suite.run(),
         Task::Fixtures(fixtures) => fixtures.run(),
     }
+}
+
+/// The program to try: the one given, or the build beside this one.
+fn program(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
+    let beside = || anyhow::Ok(std::env::current_exe()?.with_file_name("onnx-shrink"));
+    let program = given.cloned().map_or_else(beside, Ok)?;
+    ensure!(program.exists(), "{} is missing: run `cargo build --release`", program.display());
+    Ok(program)
 }
 
 fn codegen(check: bool) -> anyhow::Result<()> {

@@ -1,0 +1,37 @@
+//! A sample of the ONNX backend suite: every operator that ONNX Runtime runs, at its oldest and its newest operator set.
+
+use onnx_shrink::{
+    codec::Model,
+    pass::{Context, Price},
+    pipeline,
+    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split},
+};
+
+use crate::fixtures;
+
+#[test]
+fn every_operator_computes_the_same_after_simplification() {
+    let simplify = pipeline::parse("simplify").unwrap();
+    let (mut changed, mut compared) = (0, 0);
+    let files = fixtures("backend");
+    assert!(files.len() >= 150, "{}", files.len());
+    for path in files {
+        let model = Model::open(&path).unwrap();
+        let mut simple = model.clone();
+        pipeline::run(&simplify, &mut simple, &mut Context::default(), Price::default()).unwrap();
+        let mut twice = Model::decode(simple.encode().into(), None).unwrap();
+        pipeline::run(&simplify, &mut twice, &mut Context::default(), Price::default()).unwrap();
+        assert_eq!(twice.graph.edits(), 0, "{}: a second run changed something", path.display());
+        assert!(simple.encode().len() <= model.encode().len(), "{}: it is larger", path.display());
+        changed += usize::from(simple.graph.edits() > 0);
+        // What the engine can't run, or can't be fed, was compared in ONNX Runtime when the sample was taken.
+        let Ok(samples) = Samples::gather(&model, &Request::default()) else { continue };
+        let reference = Reference::new(&Engine::default(), &model, samples.part(Split::Last));
+        let Ok(reference) = reference else { continue };
+        let Ok(difference) = reference.compare(&simple) else { continue };
+        assert!(difference.rounding <= ROUNDING_BUDGET, "{}: {difference:?}", path.display());
+        compared += 1;
+    }
+    assert!(changed >= 100, "{changed} changed");
+    assert!(compared >= 150, "{compared} compared");
+}
