@@ -1,10 +1,12 @@
 //! The element type and shape of every value, and the elements of small integer ones (shape arithmetic).
 
 mod rules;
+mod term;
 
 use std::collections::BTreeMap;
 
 use self::rules::Rule;
+pub use self::term::Term;
 use crate::{
     ir::{DType, Graph, Kind, NodeId, Op, Outlet, Output, Tensor},
     proto::{TypeProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto},
@@ -13,18 +15,18 @@ use crate::{
 /// Integer tensors of at most this many elements are followed element by element; shapes have no more axes.
 const MAX_FOLLOWED: usize = 64;
 
-/// An extent; `None` where it is not known.
-pub type Dim = Option<usize>;
+/// An extent or an element. `None` where not even a name for it is known: the facts of a graph have a name for all.
+pub type Dim = Option<Term>;
 
 /// What is known of a value.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Fact {
     /// The element type.
     pub dtype: Option<DType>,
     /// The shape, if the rank is known.
     pub dims: Option<Vec<Dim>>,
     /// The elements of a small integer tensor.
-    pub ints: Option<Vec<Option<i64>>>,
+    pub ints: Option<Vec<Dim>>,
 }
 
 /// The facts of one graph; those of bodies are inferred on their own.
@@ -42,6 +44,8 @@ pub struct Shapes {
 struct Start<'a> {
     bound: &'a BTreeMap<String, Vec<usize>>,
     captured: &'a BTreeMap<u32, Fact>,
+    /// Tells values of one name in different bodies apart.
+    scope: u64,
 }
 
 /// Branches of different ranks are told apart by what follows for this many `If`s of a graph.
@@ -51,13 +55,13 @@ impl Shapes {
     /// Infers the facts of `graph`, whose inputs have the shapes of `bound` where it names them, else those declared.
     #[must_use]
     pub fn infer(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>) -> Self {
-        Self::with(graph, bound, &BTreeMap::new())
+        Self::with(graph, Start { bound, captured: &BTreeMap::new(), scope: 0 })
     }
 
     /// Infers the facts of a body that captures values of the facts `captured`, by number.
     #[must_use]
     pub fn infer_body(graph: &Graph, captured: &BTreeMap<u32, Fact>) -> Self {
-        Self::with(graph, &BTreeMap::new(), captured)
+        Self::with(graph, Start { bound: &BTreeMap::new(), captured, scope: 1 })
     }
 
     /// Infers the facts of `body`, which `node` of `graph` holds, from these facts of `graph`.
@@ -75,8 +79,7 @@ impl Shapes {
 
     /// Infers what follows, and where an `If` makes values of different ranks, what follows from each of its branches: one
     /// from which the graph is sure to fail is not taken.
-    fn with(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, captured: &BTreeMap<u32, Fact>) -> Self {
-        let start = Start { bound, captured };
+    fn with(graph: &Graph, start: Start<'_>) -> Self {
         let mut shapes = Self::assuming(graph, start, &BTreeMap::new());
         for id in graph.holders().into_iter().take(MAX_ASSUMED) {
             if shapes.taken.contains_key(&id) || !shapes.is_ambiguous(graph, id) {
@@ -106,7 +109,8 @@ impl Shapes {
     fn assuming(graph: &Graph, start: Start<'_>, assumed: &BTreeMap<NodeId, usize>) -> Self {
         let mut shapes = Self { taken: assumed.clone(), ..Self::default() };
         for id in graph.order() {
-            for (slot, fact) in (0..).zip(shapes.node(graph, id, start)) {
+            for (slot, mut fact) in (0..).zip(shapes.node(graph, id, start)) {
+                fact.name(start.scope, graph.name(id.at(slot)));
                 shapes.facts.insert(id.at(slot), fact);
             }
         }
@@ -134,13 +138,13 @@ impl Shapes {
     /// The shape of `value`, if all of it is known.
     #[must_use]
     pub fn known(&self, value: Outlet) -> Option<Vec<usize>> {
-        self.dims(value)?.iter().copied().collect()
+        self.dims(value)?.iter().map(|d| d.and_then(Term::extent)).collect()
     }
 
     /// The elements of `value`, if it is a small tensor of integers or booleans and all of them are known.
     #[must_use]
     pub fn integers(&self, value: Outlet) -> Option<Vec<i64>> {
-        self.fact(value)?.ints.as_ref()?.iter().copied().collect()
+        self.fact(value)?.ints.as_ref()?.iter().map(|i| i.and_then(Term::known)).collect()
     }
 
     /// How many values are of a shape that is known.
@@ -161,7 +165,7 @@ impl Shapes {
             Kind::Input => {
                 let mut fact = declared(id.out());
                 if let Some(dims) = start.bound.get(graph.name(id.out())) {
-                    fact.dims = Some(dims.iter().map(|&d| Some(d)).collect());
+                    fact.dims = Some(dims.iter().map(|&d| Some(d.into())).collect());
                 }
                 vec![fact]
             }
@@ -196,11 +200,12 @@ impl Shapes {
     fn branches(&mut self, graph: &Graph, id: NodeId, op: &Op) -> Option<Vec<Fact>> {
         let place = |attribute: &str| op.bodies.iter().position(|body| body.attribute == attribute);
         let (then, otherwise) = (place("then_branch")?, place("else_branch")?);
-        let condition = self.fact(graph.operand(id, 0)?).and_then(|fact| *fact.ints.as_ref()?.first()?);
+        let condition =
+            self.fact(graph.operand(id, 0)?).and_then(|fact| fact.ints.as_ref()?.first()?.and_then(Term::known));
         let settled = condition.map(|condition| if condition != 0 { then } else { otherwise });
         let captured = self.captured(graph, id);
-        let start = Start { bound: &BTreeMap::new(), captured: &captured };
         let mut results = [then, otherwise].map(|body| {
+            let start = Start { bound: &BTreeMap::new(), captured: &captured, scope: 2 + body as u64 };
             let inside = &op.bodies[body].graph;
             let shapes = Self::assuming(inside, start, &BTreeMap::new());
             let fact = |output: &Output| shapes.fact(output.value).cloned().unwrap_or_default();
@@ -254,9 +259,28 @@ impl Fact {
         let ints = if tensor.len() <= MAX_FOLLOWED && tensor.dims().len() <= 1 { tensor.i64s() } else { None };
         Self {
             dtype: Some(tensor.dtype()),
-            dims: Some(tensor.dims().iter().map(|&d| Some(d)).collect()),
-            ints: ints.map(|ints| ints.into_iter().map(Some).collect()),
+            dims: Some(tensor.dims().iter().map(|&d| Some(d.into())).collect()),
+            ints: ints.map(|ints| ints.into_iter().map(|i| Some(Term::number(i))).collect()),
         }
+    }
+
+    /// The shape, as far as it is known in numbers.
+    #[must_use]
+    pub fn extents(&self) -> Option<Vec<Option<usize>>> {
+        Some(self.dims.as_ref()?.iter().map(|d| d.and_then(Term::extent)).collect())
+    }
+
+    /// Names every extent and element that has no name yet, by the name of the value.
+    fn name(&mut self, scope: u64, value: &str) {
+        let name = |kind: &str, terms: &mut Option<Vec<Dim>>| {
+            for (place, term) in terms.iter_mut().flatten().enumerate() {
+                let what =
+                    || [&scope.to_le_bytes()[..], &place.to_le_bytes(), kind.as_bytes(), value.as_bytes()].concat();
+                *term = term.or_else(|| Some(Term::unknown(&what(), kind == "extent")));
+            }
+        };
+        name("extent", &mut self.dims);
+        name("element", &mut self.ints);
     }
 
     /// What a declaration says.
@@ -267,7 +291,7 @@ impl Fact {
         };
         let dims = tensor.shape.as_ref().map(|shape| {
             let dim = |d: &crate::proto::tensor_shape_proto::Dimension| match d.value {
-                Some(dimension::Value::DimValue(v)) => usize::try_from(v).ok(),
+                Some(dimension::Value::DimValue(v)) => usize::try_from(v).ok().map(Term::from),
                 _ => None,
             };
             shape.dim.iter().map(dim).collect()

@@ -177,6 +177,17 @@ impl Graph {
         }
     }
 
+    /// Has `node` read `operand` in `slot` in place of what it read there, which goes if nothing else reads it.
+    pub fn exchange_operand(&mut self, node: NodeId, slot: u32, operand: Option<Outlet>) {
+        let old = self.operand(node, slot);
+        if old.is_some() || operand.is_some() {
+            self.set_operand(node, slot, operand);
+        }
+        if let Some(old) = old {
+            self.sweep(old.node);
+        }
+    }
+
     /// Gives each `Capture(i)` the number `f(i)`.
     pub(crate) fn renumber_captures(&mut self, f: impl Fn(u32) -> u32) {
         for node in self.dag.node_weights_mut() {

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 
 use crate::{
+    analysis::shapes::{Fact, Shapes},
     ir::{Graph, Kind, NodeId, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, everywhere, everywhere_shaped},
 };
 
-/// Merge equal constants, and operators that compute the same from the same inputs.
+/// Merge equal constants, operators that compute the same from the same inputs, and shapes that are known to be equal.
 ///
 /// Constants are equal when type, shape and every bit agree. Operators that draw random numbers are left alone.
 ///
@@ -30,8 +31,31 @@ impl Pass for Dedupe {
         });
         cx.add("constants merged", constants);
         cx.add("operators merged", operators);
+        cx.add("shapes merged", everywhere_shaped(graph, &merge_shapes));
         Ok(())
     }
+}
+
+/// Has what reads a computed shape read the first one that has the same extents.
+fn merge_shapes(graph: &mut Graph, shapes: &Shapes) -> usize {
+    let mut seen: HashMap<&Fact, Outlet> = HashMap::new();
+    let mut merged = 0;
+    for id in graph.ops() {
+        let (value, alone) = (id.out(), graph.output_count(id) == 1);
+        let Some(fact) = shapes.fact(value).filter(|fact| alone && fact.ints.is_some()) else { continue };
+        if graph.is_output(value) || graph.is_pinned(value) || !graph.contains(id) {
+            continue;
+        }
+        match seen.get(fact) {
+            Some(&first) if graph.contains(first.node) => {
+                graph.replace_uses(value, first);
+                graph.sweep(id);
+                merged += 1;
+            }
+            _ => _ = seen.insert(fact, value),
+        }
+    }
+    merged
 }
 
 fn merge_constants(graph: &mut Graph) -> usize {

@@ -6,16 +6,17 @@ use petgraph::unionfind::UnionFind;
 use prost::Message;
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::shapes::{Shapes, Term},
     eval,
-    ir::{Graph, Inlet, NodeId, Outlet, Tensor, Weight},
+    ir::{Graph, NodeId, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere, rewrite_shaped},
 };
 
 /// Compute what depends on constants alone, and what is known of shapes, once and for all.
 ///
 /// Operators are evaluated the same to the bit on every machine. Shape arithmetic is folded where the declared input
-/// shapes settle it; where one extent of a `Reshape` is open and the others are known, the open one becomes -1.
+/// shapes settle it, and followed by name where they don't: an extent of a `Reshape` that is that of the same axis of its
+/// operand becomes 0, and the only one that is not known becomes -1.
 ///
 /// Applies when: the file does not grow. An `Expand` of one number to a million stays.
 ///
@@ -92,12 +93,9 @@ fn fold_together(graph: &mut Graph) -> usize {
     }
     for constant in graph.node_ids().filter(|id| !values.contains_key(id) && graph.constant(id.out()).is_some()) {
         let stays = graph.is_output(constant.out()) || graph.is_pinned(constant.out());
-        if !stays && graph.uses(constant.out()).iter().all(|(reader, _)| values.contains_key(reader)) {
-            if let (Some(tied), Some(tensor)) =
-                (tied.get_mut(&ties.find(place[&constant])), graph.constant(constant.out()))
-            {
-                tied.freed += tensor.byte_len();
-            }
+        let folds_away = !stays && graph.uses(constant.out()).iter().all(|(reader, _)| values.contains_key(reader));
+        if let Some(tied) = tied.get_mut(&ties.find(place[&constant])).filter(|_| folds_away) {
+            tied.freed += graph.constant(constant.out()).map_or(0, Tensor::byte_len);
         }
     }
     let mut folded = 0;
@@ -138,36 +136,31 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     Some(())
 }
 
-/// Has every `Reshape` that reads the computed shape at `node` infer its one extent that is not known from how many
-/// elements there are.
+/// Gives the `Reshape` at `node` a constant shape, where each extent is known, is that of the same axis of the operand, or is
+/// the only one to infer from how many elements there are.
 fn infer(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    let computed = node.out();
-    let entries = shapes.fact(computed)?.ints.as_ref()?;
-    let one_open = entries.iter().filter(|entry| entry.is_none()).count() == 1;
-    // A zero would stand for the extent of the input; and only where none is zero is the open one settled by the others.
-    if !one_open || entries.iter().flatten().any(|&entry| entry <= 0) || graph.is_output(computed) {
-        return None;
-    }
-    let uses = graph.uses(computed);
-    let infers = |&(reader, inlet): &(NodeId, Inlet)| {
-        inlet == Inlet::Slot(1) && graph.op_of(reader, "Reshape").is_some_and(|op| op.int("allowzero") != Some(1))
+    graph.op_of(node, "Reshape").filter(|op| op.int("allowzero") != Some(1))?;
+    let (x, computed) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let entries = shapes.fact(computed)?.ints.as_ref().filter(|_| graph.constant(computed).is_none())?;
+    let known: Vec<Option<i64>> = entries.iter().map(|entry| entry.and_then(Term::known)).collect();
+    // Only where no extent is zero is the open one settled by the others.
+    let one_open = known.iter().filter(|entry| entry.is_none()).count() == 1;
+    let target = if one_open && known.iter().flatten().all(|&entry| entry > 0) {
+        Some(known.iter().map(|entry| entry.unwrap_or(-1)).collect())
+    } else {
+        let copied = |i: usize| shapes.dims(x)?.get(i).filter(|&&extent| extent == entries[i]).map(|_| 0);
+        known.iter().enumerate().map(|(i, &entry)| entry.or_else(|| copied(i))).collect::<Option<Vec<i64>>>()
     };
-    if uses.is_empty() || !uses.iter().all(infers) {
-        return None;
-    }
-    let entries: Vec<i64> = entries.iter().map(|entry| entry.unwrap_or(-1)).collect();
-    let name = format!("{}.fold-constants", graph.name(computed));
-    let target = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], &entries)), &name);
-    graph.replace_uses(computed, target);
-    graph.sweep(node);
+    let target = target?;
+    let name = format!("{}.{}", graph.name(computed), FoldConstants::NAME);
+    let target = graph.add_const(Weight::dense(Tensor::i64(&[target.len()], &target)), &name);
+    graph.exchange_operand(node, 1, Some(target));
     Some(())
 }
 
 /// The small integer tensor that `node` makes, if shapes settle it.
 fn known(shapes: &Shapes, node: NodeId) -> Option<Tensor> {
-    let fact = shapes.fact(node.out())?;
-    let ints: Vec<i64> = fact.ints.as_ref()?.iter().copied().collect::<Option<_>>()?;
-    let dims: Vec<usize> = fact.dims.as_ref()?.iter().copied().collect::<Option<_>>()?;
-    let dtype = fact.dtype.filter(|_| dims.iter().product::<usize>() == ints.len())?;
+    let (ints, dims) = (shapes.integers(node.out())?, shapes.known(node.out())?);
+    let dtype = shapes.fact(node.out())?.dtype.filter(|_| dims.iter().product::<usize>() == ints.len())?;
     Tensor::integers(dtype, &dims, &ints)
 }

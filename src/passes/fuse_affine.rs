@@ -32,7 +32,7 @@ impl Pass for FuseAffine {
         let rule =
             |graph: &mut Graph, node| after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node));
         // Each rewrite removes an operator, and may bring the next one beside a layer.
-        let rounds = std::iter::repeat_with(|| rewrite(graph, &rule));
+        let rounds = std::iter::repeat_with(|| rewrite(graph, rule));
         let fused = rounds.take_while(|&fused| fused > 0).sum();
         cx.add("operators fused", fused);
         Ok(())

@@ -65,8 +65,7 @@ fn bypass(graph: &mut Graph, node: NodeId, value: Outlet) -> Option<()> {
 /// Has `node` read `source`, and not `middle`, if that goes then.
 fn skip(graph: &mut Graph, node: NodeId, middle: Outlet, source: Outlet) -> Option<()> {
     graph.sole_use(middle).filter(|_| !graph.is_pinned(middle))?;
-    graph.set_operand(node, 0, Some(source));
-    graph.sweep(middle.node);
+    graph.exchange_operand(node, 0, Some(source));
     Some(())
 }
 
@@ -136,7 +135,6 @@ fn clip(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source
     let mut merged = Op::new("Clip").named(&name);
     let given = [("min", least), ("max", most)].map(|(what, bound)| (what, bound.is_finite().then_some(bound)));
     for (slot, (what, bound)) in (1..).zip(given) {
-        let old = graph.operand(node, slot);
         let mut new = None;
         if let Some(bound) = bound {
             if graph.opset() < 11 {
@@ -146,13 +144,9 @@ fn clip(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source
                 new = Some(graph.add_const(Weight::dense(tensor), &name));
             }
         }
-        if old.is_some() || new.is_some() {
-            graph.set_operand(node, slot, new);
-        }
-        old.into_iter().for_each(|old| _ = graph.sweep(old.node));
+        graph.exchange_operand(node, slot, new);
     }
     graph.edit_op(node, |op| *op = Op { arity: op.arity, ..merged });
-    graph.set_operand(node, 0, Some(source));
-    graph.sweep(middle.node);
+    graph.exchange_operand(node, 0, Some(source));
     Some(())
 }

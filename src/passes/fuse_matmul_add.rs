@@ -1,7 +1,7 @@
 //! See [`FuseMatmulAdd`].
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::shapes::{Shapes, Term},
     ir::{Graph, NodeId, Op},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
@@ -37,7 +37,7 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let multiply = graph.op_of(product.node, "MatMul")?;
     graph.sole_use(product).filter(|_| !graph.is_pinned(product) && !graph.is_pinned(node.out()))?;
     let (a, b) = (graph.operand(product.node, 0)?, graph.operand(product.node, 1)?);
-    let columns = *shapes.dims(b).filter(|dims| dims.len() == 2)?.last()?;
+    let columns = shapes.dims(b).filter(|dims| dims.len() == 2)?.last()?.and_then(Term::extent);
     let row = graph.constant(bias).filter(|bias| bias.f64s().is_some())?;
     let is_row = row.dims().len() <= 2 && row.dims().last().is_some_and(|&d| Some(d) == columns && d == row.len());
     if shapes.rank(a)? != 2 || !is_row {

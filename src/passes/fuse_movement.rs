@@ -40,9 +40,7 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     match chain.kinds {
         ("Transpose", "Transpose") => transpose(graph, &chain),
         ("Reshape" | "Flatten" | "Squeeze" | "Unsqueeze", "Reshape") => reshape(graph, shapes, &chain),
-        ("Squeeze", "Unsqueeze") | ("Unsqueeze", "Squeeze") | ("Squeeze", "Squeeze") | ("Unsqueeze", "Unsqueeze") => {
-            squeeze(graph, shapes, &chain)
-        }
+        ("Squeeze" | "Unsqueeze", "Squeeze" | "Unsqueeze") => squeeze(graph, shapes, &chain),
         ("Gather", "Unsqueeze") => pick(graph, shapes, &chain),
         ("Slice", "Slice") => slice(graph, shapes, &chain),
         _ => None,
@@ -87,8 +85,7 @@ impl Chain {
 
     /// Has the second read what the first reads.
     fn skip(&self, graph: &mut Graph) {
-        graph.set_operand(self.second, 0, Some(self.source));
-        graph.sweep(self.first);
+        graph.exchange_operand(self.second, 0, Some(self.source));
     }
 }
 
@@ -185,8 +182,7 @@ fn give(graph: &mut Graph, node: NodeId, attribute: &str, slot: u32, values: &[i
     };
     let name = format!("{}.{}", graph.name(old), FuseMovement::NAME);
     let new = graph.add_const(Weight::dense(Tensor::i64(&[values.len()], values)), &name);
-    graph.set_operand(node, slot, Some(new));
-    graph.sweep(old.node);
+    graph.exchange_operand(node, slot, Some(new));
 }
 
 /// One index, picked and given its axis back, is picked as a list of one.
@@ -202,10 +198,8 @@ fn pick(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     let name = graph.op(chain.second)?.name().to_owned();
     let list_name = format!("{}.{}", graph.name(index), FuseMovement::NAME);
     let list = graph.add_const(list, &list_name);
-    let old = graph.operand(chain.second, 1);
-    graph.set_operand(chain.second, 1, Some(list));
+    graph.exchange_operand(chain.second, 1, Some(list));
     graph.edit_op(chain.second, |op| *op = Op::new("Gather").with_int("axis", at as i64).named(&name));
-    old.into_iter().for_each(|old| _ = graph.sweep(old.node));
     chain.skip(graph);
     Some(())
 }
@@ -234,9 +228,7 @@ fn slice(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     for (slot, values) in (1..).zip(&both) {
         let name = format!("{}.{}", graph.name(chain.second.out()), FuseMovement::NAME);
         let new = graph.add_const(Weight::dense(Tensor::i64(&[values.len()], values)), &name);
-        let old = graph.operand(chain.second, slot);
-        graph.set_operand(chain.second, slot, Some(new));
-        old.into_iter().for_each(|old| _ = graph.sweep(old.node));
+        graph.exchange_operand(chain.second, slot, Some(new));
     }
     chain.skip(graph);
     Some(())
@@ -259,6 +251,8 @@ fn concat(graph: &mut Graph, node: NodeId) -> Option<()> {
     for (slot, value) in (0..).zip(taken) {
         graph.set_operand(node, slot, Some(value));
     }
-    operands.into_iter().for_each(|value| _ = graph.sweep(value.node));
+    for value in operands {
+        graph.sweep(value.node);
+    }
     Some(())
 }

@@ -66,7 +66,7 @@ fn neutral(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Outlet> {
         // The constant must not widen the result.
         let at = |axis: usize| dims.len().checked_sub(axis + 1).map(|i| dims[i]);
         let fits = constant.dims().len() <= dims.len()
-            && constant.dims().iter().rev().enumerate().all(|(axis, &d)| d == 1 || at(axis) == Some(Some(d)));
+            && constant.dims().iter().rev().enumerate().all(|(axis, &d)| d == 1 || at(axis) == Some(Some(d.into())));
         // Powers are of the type of the base.
         if !fits || shapes.fact(other)?.dtype != Some(constant.dtype()) {
             return None;
@@ -116,14 +116,7 @@ fn takes_all(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<bool> {
 
 fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> Option<bool> {
     let op = graph.op(node)?;
-    let same_shape = || {
-        let dims = shapes.dims(input)?;
-        // One unknown extent is settled by the count of elements, if there are any; two are not.
-        let unknown = dims.iter().filter(|d| d.is_none()).count();
-        let settled = unknown == 0 || unknown == 1 && dims.iter().flatten().all(|&d| d > 0);
-        Some(settled && shapes.dims(node.out())? == dims)
-    };
-    let fully_known = || Some(shapes.known(input)? == shapes.known(node.out())?);
+    let same_shape = || Some(shapes.dims(input)? == shapes.dims(node.out())?);
     Some(match op.standard()? {
         "Identity" => true,
         "Dropout" => {
@@ -148,10 +141,10 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
         "Expand" => {
             let target = graph.operand(node, 1).and_then(|target| shapes.integers(target));
             let ones = target.is_some_and(|t| t.iter().all(|&d| d == 1) && Some(t.len()) <= shapes.rank(input));
-            ones || fully_known()?
+            ones || same_shape()?
         }
         // A slice or pad that keeps every extent keeps every element, unless it runs backwards or moves them.
-        "Slice" => takes_all(graph, shapes, node)? || fully_known()? && graph.operand(node, 4).is_none(),
+        "Slice" => takes_all(graph, shapes, node)? || same_shape()? && graph.operand(node, 4).is_none(),
         "Pad" => {
             let pads = match graph.operand(node, 1) {
                 Some(pads) => graph.constant(pads)?.i64s()?,

@@ -185,9 +185,7 @@ impl<'a> Turner<'a> {
                 for (slot, given) in absorbed.given {
                     let name = format!("{}.layout", self.graph.name(reader.out()));
                     let given = self.graph.add_const(given, &name);
-                    let old = self.graph.operand(reader, slot);
-                    self.graph.set_operand(reader, slot, Some(given));
-                    old.into_iter().for_each(|old| _ = self.graph.sweep(old.node));
+                    self.graph.exchange_operand(reader, slot, Some(given));
                 }
                 self.graph.edit_op(reader, |op| *op = absorbed.op);
             }

@@ -304,7 +304,7 @@ impl Slot {
         if let Some(dims) = request.shapes.get(&self.name) {
             return dims.clone();
         }
-        let dims = self.fact.dims.as_deref().unwrap_or_default();
+        let dims = self.fact.extents().unwrap_or_default();
         let extent =
             |(i, d): (usize, &Option<usize>)| d.unwrap_or(if self.batches.contains(&i) { batch } else { open });
         dims.iter().enumerate().map(extent).collect()
@@ -312,7 +312,7 @@ impl Slot {
 
     /// How many axes beyond the batch are open.
     fn open_axes(&self) -> usize {
-        let dims = self.fact.dims.as_deref().unwrap_or_default();
+        let dims = self.fact.extents().unwrap_or_default();
         dims.iter().enumerate().filter(|(i, d)| d.is_none() && !self.batches.contains(i)).count()
     }
 
@@ -347,8 +347,8 @@ fn slots(graph: &Graph) -> Vec<Slot> {
 /// Checks that the shapes of `request` are ones that the inputs can have.
 fn check_shapes(slots: &[Slot], request: &Request) -> Result<(), DataError> {
     for slot in slots {
-        let (Some(given), Some(declared)) = (request.shapes.get(&slot.name), &slot.fact.dims) else { continue };
-        if given.len() != declared.len() || given.iter().zip(declared).any(|(g, d)| d.is_some_and(|d| d != *g)) {
+        let (Some(given), Some(declared)) = (request.shapes.get(&slot.name), slot.fact.extents()) else { continue };
+        if given.len() != declared.len() || given.iter().zip(&declared).any(|(g, d)| d.is_some_and(|d| d != *g)) {
             let declared = spelled(declared.iter().copied());
             let given = spelled(given.iter().map(|&d| Some(d)));
             return Err(DataError::Contradicts { name: slot.name.clone(), declared, given });

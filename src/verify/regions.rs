@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Cannot, Difference, Engine, Reference, Value};
 use crate::{
-    analysis::shapes::{Fact, Shapes},
+    analysis::shapes::{Dim, Fact, Shapes, Term},
     codec::Model,
     ir::{DType, Graph, Kind, NodeId, Outlet},
     linalg::normal,
@@ -227,11 +227,13 @@ fn compare_values(
         let fact = shapes.fact(value).cloned().unwrap_or_default();
         // Any shape that both forms accept will do: an open extent may as well be 1.
         let declared = a.info(a.name(value)).map(Fact::declared).unwrap_or_default();
-        let dims = fact.dims.or(declared.dims).map(|dims| dims.iter().map(|d| d.unwrap_or(1)).collect::<Vec<_>>());
+        let dims = fact.extents().or_else(|| declared.extents());
+        let dims = dims.map(|dims| dims.iter().map(|d| d.unwrap_or(1)).collect::<Vec<_>>());
         let (Some(dtype), Some(dims)) = (fact.dtype, dims) else {
             return Err(region(format!("the shape of `{}` before it is not known", a.name(value))));
         };
-        for (sample, value) in samples_a.iter_mut().zip(feeds.of(old.canonical(value), dtype, &dims)) {
+        let known = fact.ints.as_deref().unwrap_or_default();
+        for (sample, value) in samples_a.iter_mut().zip(feeds.of(old.canonical(value), dtype, &dims, known)) {
             sample.push(value.clone());
         }
         inputs_a.push((value, dtype, dims));
@@ -281,13 +283,19 @@ struct Feeds {
 }
 
 impl Feeds {
-    fn of(&mut self, value: Outlet, dtype: DType, dims: &[usize]) -> &[Value] {
+    /// Values of this type and shape; integers that are `known`, as extents are, are what they always are.
+    fn of(&mut self, value: Outlet, dtype: DType, dims: &[usize], known: &[Dim]) -> &[Value] {
         let random = &mut self.random;
         let entry = self.drawn.entry(value).or_insert_with(|| {
             let is_float = crate::ir::tensor::is_float(dtype);
             let mut draw = || if is_float { normal(random) } else { (random.next_u64() % INTEGERS_BELOW) as f64 };
             let count: usize = dims.iter().product();
-            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(|_| draw()).collect(), is_float };
+            let known = |i: usize| known.get(i).copied().flatten().and_then(Term::known);
+            let mut element = |i: usize| {
+                let drawn = draw();
+                known(i).map_or(drawn, |known| known as f64)
+            };
+            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(&mut element).collect(), is_float };
             ((0..RUNS).map(|_| one()).collect(), dtype)
         });
         &entry.0

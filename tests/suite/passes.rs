@@ -34,7 +34,7 @@ fn read(path: &Path) -> Claim {
 /// Runs both models at a batch of `batch` and compares.
 fn compare(before: &Model, after: &Model, batch: usize) -> Difference {
     let shape = |info: &onnx_shrink::ir::Input| {
-        let dims = onnx_shrink::analysis::shapes::Fact::declared(&info.info).dims.unwrap();
+        let dims = onnx_shrink::analysis::shapes::Fact::declared(&info.info).extents().unwrap();
         let dims = dims.iter().enumerate().map(|(axis, dim)| dim.unwrap_or(if axis == 0 { batch } else { 3 }));
         (info.info.name().to_owned(), dims.collect())
     };

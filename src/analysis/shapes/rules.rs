@@ -2,7 +2,7 @@
 
 mod movement;
 
-use super::{Dim, Fact};
+use super::{Dim, Fact, Term};
 use crate::{
     analysis::ELEMENTWISE,
     eval::{self, axis},
@@ -34,10 +34,13 @@ impl Rule<'_> {
             "Identity" => Some(vec![x.clone()]),
             "Cast" => {
                 let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
-                let truth = |i: i64| if to == Some(DType::Bool) { i64::from(i != 0) } else { i };
-                let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| i.map(truth)).collect::<Vec<_>>());
-                // Other types round or wrap.
-                let ints = ints.filter(|ints| fits(0, to) && ints.iter().flatten().all(|&i| fits(i, to)));
+                let truth = |i: Term| match to {
+                    Some(DType::Bool) => i.equals(Term::number(0)).map(|zero| Term::number(i64::from(!zero))),
+                    // Other types round or wrap.
+                    to => Some(i).filter(|&i| fits(i, to)),
+                };
+                let ints = x.ints.as_ref().filter(|_| fits(Term::ONE, to));
+                let ints = ints.map(|ints| ints.iter().map(|i| i.and_then(truth)).collect());
                 Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
             "Dropout" => {
@@ -49,7 +52,7 @@ impl Rule<'_> {
             }
             "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual" => self.elementwise(Some(DType::Bool)),
             "Not" => {
-                let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| i.map(|i| i64::from(i == 0))).collect());
+                let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| not((*i)?)).collect());
                 Some(vec![Fact { ints, ..x.clone() }])
             }
             "Where" => self.elementwise(self.input(1)?.dtype),
@@ -58,20 +61,24 @@ impl Rule<'_> {
             "MaxPool" | "AveragePool" | "LpPool" => one(self.pool()),
             "GlobalAveragePool" | "GlobalMaxPool" | "GlobalLpPool" => {
                 let dims = x.dims.as_ref()?;
-                one(Some(dims.iter().enumerate().map(|(i, &d)| if i < 2 { d } else { Some(1) }).collect()))
+                one(Some(dims.iter().enumerate().map(|(i, &d)| if i < 2 { d } else { Some(Term::ONE) }).collect()))
             }
             "Gemm" => one(self.gemm()),
             "MatMul" => one(self.matmul()),
             "Concat" => self.concat(),
             "Split" => self.split(outputs),
-            "Reshape" => one(self.reshape()),
+            "Reshape" => {
+                let dims = self.reshape()?;
+                let ints = x.ints.clone().filter(|_| dims.len() <= 1);
+                Some(vec![Fact { dtype: x.dtype, dims: Some(dims), ints }])
+            }
             "Flatten" => one(self.flatten()),
             "Transpose" => one(self.transpose()),
             "Squeeze" => self.squeeze(),
             "Unsqueeze" => self.unsqueeze(),
             "Shape" => Some(self.shape()),
             "Size" => {
-                let count = product(x.dims.as_ref()?).and_then(|count| i64::try_from(count).ok());
+                let count = product(x.dims.as_ref()?);
                 Some(vec![Fact { dtype: Some(DType::Int64), dims: Some(Vec::new()), ints: Some(vec![count]) }])
             }
             "ConstantOfShape" => self.constant_of_shape(),
@@ -102,9 +109,9 @@ impl Rule<'_> {
             Some("Concat") => (1..self.inputs.len()).filter_map(rank).any(|other| other != x),
             Some("Squeeze") => {
                 let Given::Known(axes) = self.integers("axes", 1) else { return false };
-                let wide =
-                    |a: i64| axis(a, x).is_none_or(|a| self.dims(0).is_some_and(|d| d[a].is_some_and(|d| d != 1)));
-                axes.into_iter().flatten().any(wide)
+                let is_wide = |d: &Dim| d.and_then(Term::known).is_some_and(|d| d != 1);
+                let fails = |a: i64| axis(a, x).is_none_or(|a| self.dims(0).is_some_and(|dims| is_wide(&dims[a])));
+                axes.into_iter().flatten().any(fails)
             }
             _ => false,
         }
@@ -130,29 +137,37 @@ impl Rule<'_> {
         }
         let ints = match self.inputs {
             [Some(Fact { ints: Some(a), .. }), Some(Fact { ints: Some(b), .. })]
-                if fits(0, dtype) && dims.len() <= 1 && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
+                if fits(Term::ONE, dtype)
+                    && dims.len() <= 1
+                    && (a.len() == b.len() || a.len() == 1 || b.len() == 1) =>
             {
                 let n = if a.len() == 1 { b.len() } else { a.len() };
-                let at = |v: &[Option<i64>], i: usize| v[if v.len() == 1 { 0 } else { i }];
-                let f = |x: i64, y: i64| match self.op.op_type() {
-                    "Add" => x.checked_add(y),
-                    "Sub" => x.checked_sub(y),
-                    "Mul" => x.checked_mul(y),
-                    "Div" => x.checked_div(y),
-                    "Equal" => Some(i64::from(x == y)),
-                    "Less" => Some(i64::from(x < y)),
-                    "Greater" => Some(i64::from(x > y)),
-                    "LessOrEqual" => Some(i64::from(x <= y)),
-                    "GreaterOrEqual" => Some(i64::from(x >= y)),
-                    "And" => Some(i64::from(x != 0 && y != 0)),
-                    "Or" => Some(i64::from(x != 0 || y != 0)),
-                    _ => None,
-                };
-                Some((0..n).map(|i| f(at(a, i)?, at(b, i)?).filter(|&value| fits(value, dtype))).collect())
+                let at = |v: &[Dim], i: usize| v[if v.len() == 1 { 0 } else { i }];
+                let one =
+                    |i: usize| binary(self.op.op_type(), at(a, i)?, at(b, i)?).filter(|&value| fits(value, dtype));
+                Some((0..n).map(one).collect())
             }
             _ => None,
         };
+        let ints = ints.or_else(|| self.chosen(&dims));
         Some(vec![Fact { dtype, dims: Some(dims), ints }])
+    }
+
+    /// The elements that `Where` chooses, where the conditions are settled or both choices are the same.
+    fn chosen(&self, dims: &[Dim]) -> Option<Vec<Dim>> {
+        if self.op.op_type() != "Where" || dims.len() > 1 {
+            return None;
+        }
+        let [condition, a, b] = [0, 1, 2].map(|slot| self.input(slot).and_then(|fact| fact.ints.as_ref()));
+        let (condition, a, b) = (condition?, a?, b?);
+        let n = [condition, a, b].into_iter().map(Vec::len).find(|&len| len != 1).unwrap_or(1);
+        let at = |v: &[Dim], i: usize| v.get(if v.len() == 1 { 0 } else { i }).copied().flatten();
+        let one = |i: usize| match at(condition, i).and_then(Term::known) {
+            Some(0) => at(b, i),
+            Some(_) => at(a, i),
+            None => at(a, i).filter(|_| at(a, i) == at(b, i)),
+        };
+        Some((0..n).map(one).collect())
     }
 
     /// An attribute of one integer for each of `n` spatial axes, or the default.
@@ -172,40 +187,47 @@ impl Rule<'_> {
         let ceil = self.op.int("ceil_mode") == Some(1);
         (0..n)
             .map(|i| {
-                let Some(extent) = *x.get(i + 2)? else { return Some(None) };
+                let Some(open) = *x.get(i + 2)? else { return Some(None) };
                 let stride = usize::try_from(*strides.get(i)?).ok().filter(|&s| s > 0)?;
-                if auto.starts_with("SAME") {
-                    return Some(Some(extent.div_ceil(stride)));
-                }
                 let pad = if auto == "VALID" { 0 } else { pads[i].checked_add(pads[i + n])? };
                 let span = dilations[i].checked_mul(kernel[i] as i64 - 1)?.checked_add(1)?;
+                let Some(extent) = open.extent() else {
+                    if stride == 1 && (auto.starts_with("SAME") || pad == span - 1) {
+                        return Some(Some(open));
+                    }
+                    let numbers = [stride as i64, pad, span, i64::from(ceil), i64::from(auto.starts_with("SAME"))];
+                    return Some(Some(Term::derived("windows", &numbers, &[open], true)));
+                };
+                if auto.starts_with("SAME") {
+                    return Some(Some(extent.div_ceil(stride).into()));
+                }
                 let room = usize::try_from((extent as i64).checked_add(pad)?.checked_sub(span)?).ok()?;
                 // Whether a window counts that starts beyond the input differs between versions.
                 if ceil && !room.is_multiple_of(stride) && (pad > 0 || room.div_ceil(stride) * stride >= extent) {
                     return Some(None);
                 }
-                Some(Some(if ceil { room.div_ceil(stride) } else { room / stride } + 1))
+                Some(Some(Term::from(if ceil { room.div_ceil(stride) } else { room / stride } + 1)))
             })
             .collect()
     }
 
     fn conv(&self) -> Option<Vec<Dim>> {
-        let w: Vec<usize> = self.dims(1)?.iter().copied().collect::<Option<_>>()?;
-        let mut dims = vec![*self.dims(0)?.first()?, Some(*w.first()?)];
+        let w: Vec<usize> = self.dims(1)?.iter().map(|d| d.and_then(Term::extent)).collect::<Option<_>>()?;
+        let mut dims = vec![*self.dims(0)?.first()?, Some(Term::from(*w.first()?))];
         dims.extend(self.spatial(w.get(2..)?)?);
         Some(dims)
     }
 
     fn conv_transpose(&self) -> Option<Vec<Dim>> {
         let x = self.dims(0)?;
-        let w: Vec<usize> = self.dims(1)?.iter().copied().collect::<Option<_>>()?;
+        let w: Vec<usize> = self.dims(1)?.iter().map(|d| d.and_then(Term::extent)).collect::<Option<_>>()?;
         let group = usize::try_from(self.op.int("group").unwrap_or(1)).ok()?;
         let n = w.len().checked_sub(2)?;
         let (strides, dilations) = (self.per_axis("strides", n, 1)?, self.per_axis("dilations", n, 1)?);
         let (pads, extra) = (self.per_axis("pads", 2 * n, 0)?, self.per_axis("output_padding", n, 0)?);
         let fixed = self.op.ints("output_shape");
         let auto = self.op.string("auto_pad").unwrap_or("NOTSET").starts_with("SAME");
-        let mut dims = vec![*x.first()?, Some(w[1].checked_mul(group)?)];
+        let mut dims = vec![*x.first()?, Some(Term::from(w[1].checked_mul(group)?))];
         for i in 0..n {
             let extent = *x.get(i + 2)?;
             let grown = |extent: usize| {
@@ -220,8 +242,8 @@ impl Rule<'_> {
                 usize::try_from(if auto { grown } else { full }).ok()
             };
             dims.push(match fixed {
-                Some(fixed) => usize::try_from(*fixed.get((fixed.len() + i).checked_sub(n)?)?).ok(),
-                None => extent.and_then(grown),
+                Some(fixed) => usize::try_from(*fixed.get((fixed.len() + i).checked_sub(n)?)?).ok().map(Term::from),
+                None => extent.and_then(Term::extent).and_then(grown).map(Term::from),
             });
         }
         Some(dims)
@@ -262,9 +284,20 @@ impl Rule<'_> {
     /// Integers that are an attribute in old operator sets and an input in new ones.
     fn integers(&self, attribute: &str, slot: usize) -> Given {
         match (self.input(slot), self.op.ints(attribute)) {
-            (Some(fact), _) => fact.ints.clone().map_or(Given::Unknown, Given::Known),
+            (Some(Fact { ints: Some(ints), .. }), _) => {
+                Given::Known(ints.iter().map(|i| i.and_then(Term::known)).collect())
+            }
+            (Some(_), _) => Given::Unknown,
             (None, Some(ints)) => Given::Known(ints.iter().map(|&i| Some(i)).collect()),
             (None, None) => Given::Absent,
+        }
+    }
+
+    /// As [`integers`](Self::integers), with those that are not known by name; `None` where nothing is known or given.
+    fn terms(&self, attribute: &str, slot: usize) -> Option<Vec<Dim>> {
+        match self.input(slot) {
+            Some(fact) => fact.ints.clone(),
+            None => Some(self.op.ints(attribute)?.iter().map(|&i| Some(Term::number(i))).collect()),
         }
     }
 
@@ -285,7 +318,7 @@ impl Rule<'_> {
         };
         let keep = self.op.int("keepdims").unwrap_or(1) != 0;
         let kept = (0..dims.len()).filter(|a| keep || !axes.contains(a));
-        Some(kept.map(|a| if axes.contains(&a) { Some(1) } else { dims[a] }).collect())
+        Some(kept.map(|a| if axes.contains(&a) { Some(Term::ONE) } else { dims[a] }).collect())
     }
 
     fn recurrent(&self, outputs: usize) -> Option<Vec<Fact>> {
@@ -317,13 +350,47 @@ const SAME_SHAPE: &[&str] = &[
     "Softmax",
 ];
 
-/// Whether an integer is one of the type, which is one that shapes are computed in.
-fn fits(value: i64, dtype: Option<DType>) -> bool {
-    match dtype {
-        Some(DType::Int64) => true,
-        Some(DType::Int32) => i32::try_from(value).is_ok(),
-        Some(DType::Bool) => value == 0 || value == 1,
+/// Whether a number is one of the type, which is one that shapes are computed in.
+fn fits(value: Term, dtype: Option<DType>) -> bool {
+    match (dtype, value.known()) {
+        (Some(DType::Int64), _) => true,
+        (Some(DType::Int32), Some(value)) => i32::try_from(value).is_ok(),
+        // Extents of tensors that fit in memory are small enough.
+        (Some(DType::Int32), None) => value.is_extent(),
+        (Some(DType::Bool), Some(value)) => value == 0 || value == 1,
         _ => false,
+    }
+}
+
+/// The truth of zero, and the untruth of everything else.
+fn not(value: Term) -> Dim {
+    value.equals(Term::number(0)).map(|zero| Term::number(i64::from(zero)))
+}
+
+/// What an element-wise operator makes of two integers.
+fn binary(op: &str, x: Term, y: Term) -> Dim {
+    let truth = |holds: bool| Term::number(i64::from(holds));
+    let both = x.known().zip(y.known());
+    match op {
+        "Add" => x.plus(y),
+        "Sub" => x.minus(y),
+        "Mul" => x.times(y),
+        "Div" => match both {
+            Some((x, y)) => x.checked_div(y).map(Term::number),
+            None if y == Term::ONE => Some(x),
+            None if y.equals(Term::number(0)) == Some(false) && x.is_extent() && y.is_extent() => {
+                Some(Term::derived("quotient", &[], &[x, y], true))
+            }
+            None => None,
+        },
+        "Equal" => x.equals(y).map(truth),
+        "Less" => both.map(|(x, y)| truth(x < y)),
+        "Greater" => both.map(|(x, y)| truth(x > y)),
+        "LessOrEqual" => both.map(|(x, y)| truth(x <= y)),
+        "GreaterOrEqual" => both.map(|(x, y)| truth(x >= y)),
+        "And" => both.map(|(x, y)| truth(x != 0 && y != 0)),
+        "Or" => both.map(|(x, y)| truth(x != 0 || y != 0)),
+        _ => None,
     }
 }
 
@@ -345,18 +412,19 @@ impl Given {
 
 /// The product of extents; unknown where one is, or where it is absurd.
 fn product(dims: &[Dim]) -> Dim {
-    dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d?))
+    dims.iter().try_fold(Term::ONE, |n, &d| n.times(d?))
 }
 
-/// The shape that both broadcast to; unknown against anything but a number above one is unknown.
+/// The shape that both broadcast to; unknown against anything but itself or a number above one is unknown.
 fn broadcast(a: &[Dim], b: &[Dim]) -> Vec<Dim> {
     let rank = a.len().max(b.len());
-    let at = |dims: &[Dim], i: usize| (i + dims.len()).checked_sub(rank).map_or(Some(1), |i| dims[i]);
+    let at = |dims: &[Dim], i: usize| (i + dims.len()).checked_sub(rank).map_or(Some(Term::ONE), |i| dims[i]);
     (0..rank)
         .map(|i| match (at(a, i), at(b, i)) {
-            (Some(1), d) | (d, Some(1)) => d,
-            (Some(d), _) | (_, Some(d)) => Some(d),
-            (None, None) => None,
+            (Some(Term::ONE), d) | (d, Some(Term::ONE)) => d,
+            (a, b) if a == b => a,
+            (Some(d), _) | (_, Some(d)) if d.known().is_some() => Some(d),
+            _ => None,
         })
         .collect()
 }

@@ -43,14 +43,18 @@ impl Network {
     fn unless_all(&mut self, of: NodeIndex, readers: &[NodeIndex]) {
         let all = self.flow.add_node(());
         self.cost(of, all, 1);
-        readers.iter().for_each(|&reader| self.cost(all, reader, NEVER));
+        for &reader in readers {
+            self.cost(all, reader, NEVER);
+        }
     }
 
     /// One node that costs a `Transpose` if it is not turned and one of `readers` is.
     fn if_any(&mut self, of: NodeIndex, readers: &[NodeIndex]) {
         let any = self.flow.add_node(());
         self.cost(any, of, 1);
-        readers.iter().for_each(|&reader| self.cost(reader, any, NEVER));
+        for &reader in readers {
+            self.cost(reader, any, NEVER);
+        }
     }
 
     /// The least cost, and the fewest nodes that are turned at that cost.

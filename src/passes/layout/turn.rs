@@ -36,12 +36,16 @@ impl Turn {
     }
 }
 
-/// Integers that are an attribute of `node` or a constant operand; `Some(None)` where it has neither.
-fn integers(graph: &Graph, node: NodeId, attribute: &str, slot: u32) -> Option<Option<Vec<i64>>> {
-    match (graph.operand(node, slot), graph.op(node)?.ints(attribute)) {
-        (Some(value), _) => graph.constant(value)?.i64s().map(Some),
-        (None, ints) => Some(ints.map(<[i64]>::to_vec)),
+/// Integers that are an attribute of `node` or a constant operand.
+fn integers(graph: &Graph, node: NodeId, attribute: &str, slot: u32) -> Option<Vec<i64>> {
+    match graph.operand(node, slot) {
+        Some(value) => graph.constant(value)?.i64s(),
+        None => graph.op(node)?.ints(attribute).map(<[i64]>::to_vec),
     }
+}
+
+fn is_absent(graph: &Graph, node: NodeId, attribute: &str, slot: u32) -> bool {
+    graph.operand(node, slot).is_none() && graph.op(node).is_none_or(|op| op.ints(attribute).is_none())
 }
 
 /// What the operator at `node` becomes where it makes, in place of each result, what a `Transpose` by `perm` turns into
@@ -79,9 +83,10 @@ pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize])
             Some(Turn { op: turn.op.with_int("axis", moved(op.int("axis").unwrap_or(-1))?), ..turn })
         }
         "Pad" => {
-            let pads = integers(graph, node, "pads", 1)??;
+            let pads = integers(graph, node, "pads", 1)?;
             let turn = Turn::of(op, vec![0]);
-            if let Some(axes) = integers(graph, node, "axes", 3)? {
+            if !is_absent(graph, node, "axes", 3) {
+                let axes = integers(graph, node, "axes", 3)?;
                 return Some(turn.with_ints(graph, node, "axes", 3, &all_moved(&axes)?));
             }
             let mut turned = vec![0; pads.len()];
@@ -91,10 +96,10 @@ pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize])
             (pads.len() == 2 * rank).then(|| turn.with_ints(graph, node, "pads", 1, &turned))
         }
         "Slice" => {
-            let count = || Some(integers(graph, node, "starts", 1)??.len() as i64);
-            let axes = match integers(graph, node, "axes", 3)? {
-                Some(axes) => axes,
-                None => (0..count()?).collect(),
+            let axes = if is_absent(graph, node, "axes", 3) {
+                (0..integers(graph, node, "starts", 1)?.len() as i64).collect()
+            } else {
+                integers(graph, node, "axes", 3)?
             };
             let axes = all_moved(&axes)?;
             let mut turn = Turn::of(op, vec![0]);
@@ -113,10 +118,11 @@ pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize])
         }
         _ if kind.starts_with("Reduce") && op.int("keepdims").unwrap_or(1) == 1 => {
             let turn = Turn::of(op, vec![0]);
-            match integers(graph, node, "axes", 1)? {
-                Some(axes) => Some(turn.with_ints(graph, node, "axes", 1, &all_moved(&axes)?)),
-                None => Some(turn),
+            if is_absent(graph, node, "axes", 1) {
+                return Some(turn);
             }
+            let axes = integers(graph, node, "axes", 1)?;
+            Some(turn.with_ints(graph, node, "axes", 1, &all_moved(&axes)?))
         }
         _ => None,
     }
@@ -156,7 +162,7 @@ pub(super) fn absorbs(graph: &Graph, node: NodeId, perm: &[usize]) -> Option<Tur
     if !kind.starts_with("Reduce") || op.int("keepdims") != Some(0) {
         return None;
     }
-    let axes = integers(graph, node, "axes", 1)??;
+    let axes = integers(graph, node, "axes", 1)?;
     let axes: Vec<usize> = axes.iter().map(|&a| axis(a, perm.len())).collect::<Option<_>>()?;
     let kept: Vec<_> = (0..perm.len()).filter(|axis| !axes.contains(axis)).map(|axis| perm[axis]).collect();
     let moved: Vec<_> = axes.iter().map(|&axis| perm[axis] as i64).collect();

@@ -82,7 +82,8 @@ pub(super) fn cut(
     let mut shortest = 0;
     for (name, array) in arrays {
         let Some(slot) = slots.iter().find(|slot| slot.name == name) else { continue };
-        let declared = slot.fact.dims.as_deref();
+        let declared = slot.fact.extents();
+        let declared = declared.as_deref();
         let rank = declared.map_or(array.dims.len(), <[_]>::len);
         let (group, dims) = match array.dims.len().checked_sub(rank) {
             Some(0) if rank > 0 => {

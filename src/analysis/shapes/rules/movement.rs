@@ -1,6 +1,6 @@
 //! The rules of operators that move elements and never look at them, and of the shape arithmetic that they are told by.
 
-use super::{Dim, Fact, Given, Rule, broadcast, product};
+use super::{Dim, Fact, Given, Rule, Term, broadcast, product};
 use crate::{
     analysis::shapes::MAX_FOLLOWED,
     eval::{self, axis},
@@ -16,10 +16,11 @@ impl Rule<'_> {
             return None;
         }
         let mut dims = first.clone();
-        dims[at] = parts.iter().map(|part| part[at]).try_fold(0_usize, |sum, d| sum.checked_add(d?));
+        dims[at] = parts.iter().map(|part| part[at]).try_fold(Term::number(0), |sum, d| sum.plus(d?));
         for part in parts {
             for (i, d) in dims.iter_mut().enumerate().filter(|(i, _)| *i != at) {
-                *d = d.or(part[i]);
+                // All must be the same, so that a number says what the others are.
+                *d = d.filter(|d| d.known().is_some()).or(part[i].filter(|d| d.known().is_some())).or(*d);
             }
         }
         let ints = self.inputs.iter().map(|fact| fact.as_ref()?.ints.clone()).collect::<Option<Vec<_>>>();
@@ -31,11 +32,12 @@ impl Rule<'_> {
         let dims = self.dims(0)?;
         let at = axis(self.op.int("axis").unwrap_or(0), dims.len())?;
         let parts: Vec<Dim> = match self.integers("split", 1) {
-            Given::Known(parts) => parts.into_iter().map(|p| usize::try_from(p?).ok()).collect(),
+            Given::Known(parts) => parts.into_iter().map(|p| usize::try_from(p?).ok().map(Term::from)).collect(),
             Given::Unknown => vec![None; outputs],
             Given::Absent => {
-                let each = dims[at].and_then(|d| (outputs > 0).then(|| d.div_ceil(outputs)));
-                (0..outputs).map(|i| Some(each?.min(dims[at]?.saturating_sub(i * each?)))).collect()
+                let whole = dims[at].and_then(Term::extent);
+                let each = whole.and_then(|d| (outputs > 0).then(|| d.div_ceil(outputs)));
+                (0..outputs).map(|i| Some(each?.min(whole?.saturating_sub(i * each?)).into())).collect()
             }
         };
         let part = |extent: Dim| {
@@ -47,24 +49,23 @@ impl Rule<'_> {
     }
 
     pub(super) fn reshape(&self) -> Option<Vec<Dim>> {
-        let wanted = self.integers("shape", 1).known()?;
+        let wanted = self.terms("shape", 1)?;
         let dims = self.dims(0);
         let zero_copies = self.op.int("allowzero") != Some(1);
-        let mut target: Vec<Dim> = Vec::with_capacity(wanted.len());
-        for (i, w) in wanted.iter().enumerate() {
-            target.push(match w {
-                Some(0) if zero_copies => dims.and_then(|dims| dims.get(i).copied().flatten()),
-                Some(w) => usize::try_from(*w).ok(),
+        let target: Vec<Dim> = (0..wanted.len())
+            .map(|i| match wanted[i].map(|w| (w, w.known())) {
+                Some((_, Some(0))) if zero_copies => dims.and_then(|dims| dims.get(i).copied().flatten()),
+                Some((_, Some(-1))) => None,
+                // What is not known is an extent, or stands for one.
+                Some((w, _)) => Some(w).filter(|w| w.is_extent()),
                 None => None,
-            });
-        }
+            })
+            .collect();
         let open: Vec<_> = (0..target.len()).filter(|&i| target[i].is_none()).collect();
-        if let ([i], Some(dims)) = (&open[..], dims) {
-            let rest = target.iter().flatten().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
-            let total = product(dims);
-            target[*i] = total.and_then(|total| (rest > 0 && total.is_multiple_of(rest)).then(|| total / rest));
-        }
-        Some(target)
+        let ([i], Some(dims)) = (&open[..], dims) else { return Some(target) };
+        let rest = target.iter().flatten().try_fold(Term::ONE, |n, &d| n.times(d))?;
+        let inferred = product(dims).and_then(|total| total.over(rest));
+        Some(target.iter().enumerate().map(|(at, &d)| if at == *i { inferred } else { d }).collect())
     }
 
     pub(super) fn flatten(&self) -> Option<Vec<Dim>> {
@@ -91,7 +92,7 @@ impl Rule<'_> {
             Given::Known(axes) => axes.into_iter().map(|a| axis(a?, dims.len())).collect::<Option<_>>()?,
             Given::Unknown => return None,
             Given::Absent => {
-                let known = dims.iter().copied().collect::<Option<Vec<_>>>()?;
+                let known = dims.iter().map(|d| d.and_then(Term::known)).collect::<Option<Vec<_>>>()?;
                 (0..known.len()).filter(|&a| known[a] == 1).collect()
             }
         };
@@ -106,8 +107,9 @@ impl Rule<'_> {
         let rank = dims.len() + axes.len();
         let axes: Vec<_> = axes.into_iter().map(|a| axis(a?, rank)).collect::<Option<_>>()?;
         let mut rest = dims.iter().copied();
-        let grown =
-            (0..rank).map(|a| if axes.contains(&a) { Some(Some(1)) } else { rest.next() }).collect::<Option<_>>()?;
+        let grown = (0..rank)
+            .map(|a| if axes.contains(&a) { Some(Some(Term::ONE)) } else { rest.next() })
+            .collect::<Option<_>>()?;
         let ints = x.ints.clone().filter(|_| rank <= 1);
         Some(vec![Fact { dims: Some(grown), ints, ..x.clone() }])
     }
@@ -119,21 +121,20 @@ impl Rule<'_> {
         let clamp = |i: i64| if i < 0 { i.saturating_add(rank) } else { i }.clamp(0, rank) as usize;
         let begin = clamp(self.op.int("start").unwrap_or(0));
         let end = clamp(self.op.int("end").unwrap_or(rank)).max(begin);
-        let ints: Vec<_> = dims[begin..end].iter().map(|d| d.map(|d| d as i64)).collect();
-        vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len())]), ints: Some(ints) }]
+        let ints = dims[begin..end].to_vec();
+        vec![Fact { dtype: int64, dims: Some(vec![Some(ints.len().into())]), ints: Some(ints) }]
     }
 
     pub(super) fn constant_of_shape(&self) -> Option<Vec<Fact>> {
-        let wanted = self.input(0)?.ints.as_ref()?;
-        let dims: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
+        let dims = extents(self.input(0)?.ints.as_ref()?);
         let value = self.op.tensor("value");
         let dtype = value.as_ref().map_or(DType::Float, Tensor::dtype);
         let fill = value.and_then(|value| value.i64s()?.first().copied());
         let count = match dims[..] {
-            [Some(count)] if count <= MAX_FOLLOWED => Some(count),
+            [Some(count)] => count.extent().filter(|&count| count <= MAX_FOLLOWED),
             _ => None,
         };
-        let ints = fill.zip(count).map(|(fill, count)| vec![Some(fill); count]);
+        let ints = fill.zip(count).map(|(fill, count)| vec![Some(Term::number(fill)); count]);
         Some(vec![Fact { dtype: Some(dtype), dims: Some(dims), ints }])
     }
 
@@ -145,7 +146,9 @@ impl Rule<'_> {
         target.extend(picked);
         target.extend(&dims[at + 1..]);
         let ints = match (&x.ints, &indices.ints) {
-            (Some(x), Some(i)) if dims.len() == 1 => Some(i.iter().map(|&i| x[axis(i?, x.len())?]).collect()),
+            (Some(x), Some(i)) if dims.len() == 1 && target.len() <= 1 => {
+                Some(i.iter().map(|i| x[axis(i.and_then(Term::known)?, x.len())?]).collect())
+            }
             _ => None,
         };
         Some(vec![Fact { dtype: x.dtype, dims: Some(target), ints }])
@@ -161,17 +164,26 @@ impl Rule<'_> {
             Given::Unknown => return None,
             Given::Absent => (0..count as i64).map(Some).collect(),
         };
-        let steps = match self.input(4) {
-            Some(fact) => fact.ints.clone(),
-            None => Some(vec![Some(1); axes.len()]),
+        let steps = match self.integers("steps", 4) {
+            Given::Absent => Some(vec![Some(1); axes.len()]),
+            steps => steps.known(),
         };
         let mut ints = x.ints.clone();
         for (i, a) in axes.iter().enumerate() {
             let a = axis((*a)?, dims.len())?;
             let at = |v: &Option<Vec<Option<i64>>>| v.as_ref().and_then(|v| v.get(i).copied().flatten());
-            let taken = (|| eval::slice_indices(dims[a]?, at(&starts)?, at(&ends)?, at(&steps)?))();
+            let bounds = (|| Some((at(&starts)?, at(&ends)?, at(&steps)?)))();
+            let whole = dims[a].and_then(Term::extent);
+            let taken = whole.zip(bounds).and_then(|(d, (start, end, step))| eval::slice_indices(d, start, end, step));
             ints = ints.zip(taken.clone()).and_then(|(ints, taken)| taken.map(|i| ints.get(i).copied()).collect());
-            dims[a] = taken.map(|taken| taken.len());
+            dims[a] = match (taken, bounds) {
+                (Some(taken), _) => Some(taken.len().into()),
+                (None, Some((0, end, 1))) if end >= i64::from(i32::MAX) => dims[a],
+                (None, Some((start, end, step))) => {
+                    dims[a].map(|d| Term::derived("slice", &[start, end, step], &[d], true))
+                }
+                (None, None) => None,
+            };
         }
         Some(vec![Fact { dtype: x.dtype, dims: Some(dims), ints }])
     }
@@ -181,17 +193,12 @@ impl Rule<'_> {
         let pads = self.integers("pads", 1).known().filter(|_| self.inputs.len() <= 3);
         let Some(pads) = pads else { return Some(vec![None; dims.len()]) };
         let n = dims.len();
-        let dim = |i: usize| {
-            let grown = (dims[i]? as i64).checked_add((*pads.get(i)?)?)?.checked_add((*pads.get(i + n)?)?)?;
-            usize::try_from(grown).ok()
-        };
-        Some((0..n).map(dim).collect())
+        let grown = |i: usize| dims[i]?.plus(Term::number((*pads.get(i)?)?.checked_add((*pads.get(i + n)?)?)?));
+        Some((0..n).map(|i| grown(i).filter(|d| d.known().is_none_or(|d| d >= 0))).collect())
     }
 
     pub(super) fn expand(&self) -> Option<Vec<Dim>> {
-        let wanted = self.input(1)?.ints.as_ref()?;
-        let wanted: Vec<Dim> = wanted.iter().map(|w| w.and_then(|w| usize::try_from(w).ok())).collect();
-        Some(broadcast(self.dims(0)?, &wanted))
+        Some(broadcast(self.dims(0)?, &extents(self.input(1)?.ints.as_ref()?)))
     }
 
     pub(super) fn resize(&self) -> Option<Vec<Dim>> {
@@ -204,7 +211,7 @@ impl Rule<'_> {
         }
         if let Some(sizes) = self.input(3) {
             let Some(sizes) = &sizes.ints else { return Some(unknown) };
-            return Some(sizes.iter().map(|s| s.and_then(|s| usize::try_from(s).ok())).collect());
+            return Some(extents(sizes));
         }
         let slot = if self.op.op_type() == "Resize" && self.opset >= 11 { 2 } else { 1 };
         let Some(scales) = self.constants.get(slot).copied().flatten().and_then(Tensor::f32s) else {
@@ -218,6 +225,16 @@ impl Rule<'_> {
             let (single, double) = ((d as f32 * s).floor() as usize, (d as f64 * f64::from(s)).floor() as usize);
             (single == double).then_some(single)
         };
-        Some(dims.iter().zip(scales).map(|(d, s)| scaled((*d)?, s)).collect())
+        let one = |(d, s): (&Dim, f32)| match d.and_then(Term::extent) {
+            Some(d) => scaled(d, s).map(Term::from),
+            None if s == 1.0 => *d,
+            None => d.map(|d| Term::derived("resize", &[i64::from(s.to_bits())], &[d], true)),
+        };
+        Some(dims.iter().zip(scales).map(one).collect())
     }
+}
+
+/// Elements that stand for extents; one below zero does not.
+fn extents(elements: &[Dim]) -> Vec<Dim> {
+    elements.iter().map(|element| element.filter(|e| e.is_extent())).collect()
 }
