@@ -4,6 +4,7 @@
 mod backend;
 mod bench;
 mod fixtures;
+mod fuzz;
 
 use std::{
     fs,
@@ -27,6 +28,8 @@ enum Task {
     Bench(bench::Bench),
     /// Simplify the ONNX backend suite, and compare what the models compute in ONNX Runtime.
     BackendSuite(backend::BackendSuite),
+    /// Feed damaged models to the program for a while.
+    Fuzz(fuzz::Fuzz),
     /// Write the models of `fixtures/roundtrip`, which show every part of the format.
     Fixtures(fixtures::Fixtures),
 }
@@ -39,6 +42,7 @@ fn main() -> anyhow::Result<()> {
         Task::Codegen { check } => codegen(check),
         Task::Bench(bench) => bench.run(),
         Task::BackendSuite(suite) => suite.run(),
+        Task::Fuzz(fuzz) => fuzz.run(),
         Task::Fixtures(fixtures) => fixtures.run(),
     }
 }
