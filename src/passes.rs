@@ -8,6 +8,7 @@ mod fuse_activation;
 mod fuse_affine;
 mod fuse_batch_norm;
 mod fuse_elementwise;
+mod fuse_layer_norm;
 mod fuse_matmul_add;
 mod fuse_movement;
 mod fuse_pad;
@@ -33,6 +34,7 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<fuse_elementwise::FuseElementwise>(),
     PassInfo::of::<layout::Layout>(),
     PassInfo::of::<fuse_activation::FuseActivation>(),
+    PassInfo::of::<fuse_layer_norm::FuseLayerNorm>(),
     PassInfo::of::<fuse_batch_norm::FuseBatchNorm>(),
     PassInfo::of::<fuse_matmul_add::FuseMatmulAdd>(),
     PassInfo::of::<fuse_affine::FuseAffine>(),

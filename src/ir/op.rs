@@ -57,6 +57,13 @@ impl Op {
         self
     }
 
+    /// The same with an attribute that is text.
+    #[must_use]
+    pub fn with_string(mut self, name: &str, value: &str) -> Self {
+        self.set(AttributeProto { s: Some(value.to_owned().into()), ..attribute(name, AttributeType::String) });
+        self
+    }
+
     /// The same without the attribute `name`.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {

@@ -9,7 +9,8 @@ use crate::{
 ///
 /// Clip(x + b, 0, h) ÷ h is one `HardSigmoid`, also where it multiplies something first and is divided after:
 /// v · Clip(x + 3, 0, 6) ÷ 6 is `HardSigmoid` and `Mul`. x · HardSigmoid(x) with its usual numbers is `HardSwish` from
-/// opset 14 (Howard 2019).
+/// opset 14 (Howard 2019). x · (1 + erf(x ÷ √2)) ÷ 2 is `Gelu` from opset 20 (Hendrycks 2016), also with its approximation by
+/// tanh; x · tanh(softplus(x)) is `Mish` from opset 18 (Misra 2019).
 ///
 /// Applies when: the numbers are constants and nothing else reads what is in between.
 ///
@@ -28,7 +29,7 @@ impl Pass for FuseActivation {
         let rule = |graph: &mut Graph, node| {
             // What the first makes, the second may take up.
             let (sigmoid, swish) = (hard_sigmoid(graph, node), hard_swish(graph, node));
-            sigmoid.or(swish)
+            sigmoid.or(swish).or_else(|| gelu(graph, node)).or_else(|| mish(graph, node))
         };
         cx.add("activations fused", rewrite(graph, rule));
         Ok(())
@@ -39,7 +40,7 @@ impl Pass for FuseActivation {
 const CLOSE: f64 = 1e-6;
 
 /// The one number that `value` is, if it is a constant of single precision.
-fn number(graph: &Graph, value: Outlet) -> Option<f64> {
+pub(super) fn number(graph: &Graph, value: Outlet) -> Option<f64> {
     let constant = graph.constant(value).filter(|constant| constant.dtype() == DType::Float)?;
     match constant.f64s()?[..] {
         [number] if constant.dims().len() <= 1 => Some(number),
@@ -142,5 +143,105 @@ fn hard_swish(graph: &mut Graph, node: NodeId) -> Option<()> {
     graph.set_operand(node, 0, Some(x));
     graph.edit_op(node, |op| *op = Op::new("HardSwish").named(&name));
     graph.sweep(gate.node);
+    Some(())
+}
+
+/// The factors of a product that nothing else reads a part of: those that are no numbers, and the product of the numbers.
+fn factors(graph: &Graph, value: Outlet) -> (Vec<Outlet>, f64) {
+    let (mut leaves, mut product, mut stack) = (Vec::new(), 1.0, vec![(value, true)]);
+    while let Some((value, is_root)) = stack.pop() {
+        let alone = is_root || graph.sole_use(value).is_some() && !graph.is_pinned(value);
+        let operands = (graph.operand(value.node, 0), graph.operand(value.node, 1));
+        match (graph.op(value.node).and_then(Op::standard).filter(|_| alone), operands) {
+            (Some("Mul"), (Some(a), Some(b))) => stack.extend([(b, false), (a, false)]),
+            (Some("Div"), (Some(a), Some(b))) if number(graph, b).is_some() => {
+                product /= number(graph, b).unwrap_or(1.0);
+                stack.push((a, false));
+            }
+            _ => match number(graph, value) {
+                Some(number) => product *= number,
+                None => leaves.push(value),
+            },
+        }
+    }
+    (leaves, product)
+}
+
+fn is_near(value: f64, wanted: f64) -> bool {
+    (value / wanted - 1.0).abs() <= CLOSE
+}
+
+/// Rewrites the last product of a Gaussian error linear unit, at `node`.
+fn gelu(graph: &mut Graph, node: NodeId) -> Option<()> {
+    graph.op(node)?.standard().filter(|op| matches!(*op, "Mul" | "Div") && graph.opset() >= 20)?;
+    let (leaves, half) = factors(graph, node.out());
+    let [a, b] = leaves[..] else { return None };
+    let (x, approximates) =
+        gate(graph, b).filter(|gate| gate.0 == a).or_else(|| gate(graph, a).filter(|g| g.0 == b))?;
+    if !is_near(half, 0.5) || graph.is_pinned(node.out()) {
+        return None;
+    }
+    let mut op = Op::new("Gelu").named(graph.op(node)?.name());
+    if approximates {
+        op = op.with_string("approximate", "tanh");
+    }
+    become_unary(graph, node, x, op)
+}
+
+/// The x of 1 + erf(x ÷ √2), or of 1 + tanh(√(2 ÷ π) · (x + 0.044715 · x³)), and whether it is the latter.
+fn gate(graph: &Graph, value: Outlet) -> Option<(Outlet, bool)> {
+    graph.op_of(value.node, "Add")?;
+    let (inner, one) = with_number(graph, value.node)?;
+    let inside = [value, inner].iter().all(|&v| graph.sole_use(v).is_some() && !graph.is_pinned(v));
+    let argument = graph.operand(inner.node, 0).filter(|_| inside && one == 1.0)?;
+    let (leaves, scale) = factors(graph, argument);
+    let [x] = leaves[..] else { return None };
+    match graph.op(inner.node)?.standard()? {
+        "Erf" => is_near(scale, std::f64::consts::FRAC_1_SQRT_2).then_some((x, false)),
+        "Tanh" if is_near(scale, (2.0 / std::f64::consts::PI).sqrt()) => {
+            graph.op_of(x.node, "Add")?;
+            let (a, b) = (graph.operand(x.node, 0)?, graph.operand(x.node, 1)?);
+            let is_cube = |cube: Outlet, of: Outlet| {
+                let (leaves, scale) = factors(graph, cube);
+                let powers = match leaves[..] {
+                    [power] if graph.op_of(power.node, "Pow").is_some() => {
+                        let exponent = graph.operand(power.node, 1).and_then(|exponent| number(graph, exponent));
+                        graph.operand(power.node, 0) == Some(of) && exponent == Some(3.0)
+                    }
+                    [a, b, c] => [a, b, c] == [of; 3],
+                    _ => false,
+                };
+                powers && is_near(scale, 0.044_715)
+            };
+            let x = if is_cube(b, a) { Some(a) } else { is_cube(a, b).then_some(b) };
+            x.map(|x| (x, true))
+        }
+        _ => None,
+    }
+}
+
+/// Rewrites the product at `node` of a value and the hyperbolic tangent of its softplus.
+fn mish(graph: &mut Graph, node: NodeId) -> Option<()> {
+    graph.op_of(node, "Mul").filter(|_| graph.opset() >= 18 && !graph.is_pinned(node.out()))?;
+    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let gates = |gate: Outlet, x: Outlet| {
+        let inner = graph.op_of(gate.node, "Tanh").and_then(|_| graph.operand(gate.node, 0))?;
+        let alone = graph.sole_use(gate).is_some() && graph.sole_use(inner).is_some();
+        graph.op_of(inner.node, "Softplus").filter(|_| alone && graph.operand(inner.node, 0) == Some(x)).map(|_| x)
+    };
+    let x = gates(b, a).or_else(|| gates(a, b))?;
+    let op = Op::new("Mish").named(graph.op(node)?.name());
+    become_unary(graph, node, x, op)
+}
+
+/// Makes `node` the operator `op` on `x`.
+fn become_unary(graph: &mut Graph, node: NodeId, x: Outlet, op: Op) -> Option<()> {
+    let before = graph.operands(node);
+    graph.set_operand(node, 1, None);
+    graph.set_operand(node, 0, Some(x));
+    graph.edit_op(node, |old| *old = Op { arity: old.arity, ..op });
+    for operand in before.into_iter().flatten() {
+        graph.sweep(operand.node);
+    }
     Some(())
 }
