@@ -6,13 +6,15 @@ mod movement;
 
 pub(crate) use self::movement::slice_indices;
 
-use crate::ir::{DType, Op, Tensor};
+use crate::ir::{DType, Op, Tensor, tensor::is_possible};
 
 /// The values that `op` makes of `inputs`; `None` where the operator, its types or its attributes are not known here.
 #[must_use]
 pub fn evaluate(op: &Op, opset: i64, inputs: &[Option<&Tensor>]) -> Option<Vec<Tensor>> {
     let call = Call { op, opset, inputs };
-    movement::evaluate(&call).or_else(|| arithmetic::evaluate(&call).map(|value| vec![value]))
+    let values = movement::evaluate(&call).or_else(|| arithmetic::evaluate(&call).map(|value| vec![value]))?;
+    // No file may hold a shape that is absurd but for an extent of zero.
+    values.iter().all(|value| is_possible(value.dims())).then_some(values)
 }
 
 /// One application of an operator.

@@ -1,6 +1,7 @@
 //! The passes: one a file, one visible list.
 
 mod control_flow;
+mod dead_channels;
 mod dead_nodes;
 mod dedupe;
 mod fold_constants;
@@ -15,7 +16,9 @@ mod fuse_pad;
 mod identity;
 mod layer;
 mod layout;
+mod merge_linear;
 mod prune;
+mod surgery;
 mod svd;
 
 use crate::pass::PassInfo;
@@ -39,6 +42,8 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<fuse_matmul_add::FuseMatmulAdd>(),
     PassInfo::of::<fuse_affine::FuseAffine>(),
     PassInfo::of::<fuse_pad::FusePad>(),
+    PassInfo::of::<merge_linear::MergeLinear>(),
+    PassInfo::of::<dead_channels::DeadChannels>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<prune::Prune>(),
 ];

@@ -15,6 +15,7 @@ pub(super) fn evaluate(call: &Call<'_>) -> Option<Tensor> {
     match call.op.standard()? {
         "Cast" => cast(call.input(0)?, dtype(call.op.int("to")?)?),
         "Where" => select(call),
+        "Clip" => clip(call),
         "ConstantOfShape" => constant_of_shape(call),
         "Range" => range(call),
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "Min" | "Max" | "Equal" | "Less" | "Greater"
@@ -65,6 +66,27 @@ fn cast(x: &Tensor, to: DType) -> Option<Tensor> {
         }
     };
     store(to, x.dims(), values)
+}
+
+/// Bounds that a file gives, of which the upper one counts last; NaN stays.
+fn clip(call: &Call<'_>) -> Option<Tensor> {
+    let x = call.input(0)?;
+    let bound = |slot: usize, attribute: &str, open: f64| match call.input(slot) {
+        Some(bound) if bound.dtype() == x.dtype() && bound.len() == 1 => bound.f64s()?.first().copied(),
+        Some(_) => None,
+        None => Some(call.op.float(attribute).map_or(open, f64::from)),
+    };
+    let (low, high) = (bound(1, "min", f64::NEG_INFINITY)?, bound(2, "max", f64::INFINITY)?);
+    let within = |v: f64| {
+        let raised = if v < low { low } else { v };
+        if raised > high { high } else { raised }
+    };
+    let values = match load(x)? {
+        Elements::F32(v) => Elements::F32(v.into_iter().map(|v| within(f64::from(v)) as f32).collect()),
+        Elements::F64(v) => Elements::F64(v.into_iter().map(within).collect()),
+        Elements::Int(_) => return None,
+    };
+    store(x.dtype(), x.dims(), values)
 }
 
 fn unary(call: &Call<'_>) -> Option<Tensor> {

@@ -72,8 +72,7 @@ impl Tensor {
         let impossible = || TensorError::Dims(proto.dims.clone());
         let dims = proto.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<Vec<_>>>();
         let dims = dims.ok_or_else(impossible)?;
-        let count = dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d).filter(|&n| n <= MAX_ELEMENTS));
-        let count = count.ok_or_else(impossible)?;
+        let count = count(&dims).ok_or_else(impossible)?;
         let (wanted, found, unit) = match external.as_ref().or(proto.raw_data.as_ref()) {
             Some(raw) if dtype != DType::String => (packed_len(dtype, count), raw.len(), "bytes"),
             _ => {
@@ -354,6 +353,17 @@ impl Tensor {
         }
         xxh3_64(&key.iter().flat_map(|k| k.to_le_bytes()).collect::<Vec<_>>())
     }
+}
+
+/// How many elements a tensor of this shape has; `None` where that is absurd.
+fn count(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d).filter(|&n| n <= MAX_ELEMENTS))
+}
+
+/// Whether a file may hold a tensor of this shape.
+#[must_use]
+pub fn is_possible(dims: &[usize]) -> bool {
+    count(dims).is_some()
 }
 
 /// Elements each step along an axis skips, row-major.

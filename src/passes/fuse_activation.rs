@@ -185,7 +185,8 @@ fn gelu(graph: &mut Graph, node: NodeId) -> Option<()> {
     if approximates {
         op = op.with_string("approximate", "tanh");
     }
-    become_unary(graph, node, x, op)
+    become_unary(graph, node, x, op);
+    Some(())
 }
 
 /// The x of 1 + erf(x ÷ √2), or of 1 + tanh(√(2 ÷ π) · (x + 0.044715 · x³)), and whether it is the latter.
@@ -231,11 +232,12 @@ fn mish(graph: &mut Graph, node: NodeId) -> Option<()> {
     };
     let x = gates(b, a).or_else(|| gates(a, b))?;
     let op = Op::new("Mish").named(graph.op(node)?.name());
-    become_unary(graph, node, x, op)
+    become_unary(graph, node, x, op);
+    Some(())
 }
 
 /// Makes `node` the operator `op` on `x`.
-fn become_unary(graph: &mut Graph, node: NodeId, x: Outlet, op: Op) -> Option<()> {
+fn become_unary(graph: &mut Graph, node: NodeId, x: Outlet, op: Op) {
     let before = graph.operands(node);
     graph.set_operand(node, 1, None);
     graph.set_operand(node, 0, Some(x));
@@ -243,5 +245,4 @@ fn become_unary(graph: &mut Graph, node: NodeId, x: Outlet, op: Op) -> Option<()
     for operand in before.into_iter().flatten() {
         graph.sweep(operand.node);
     }
-    Some(())
 }

@@ -7,8 +7,8 @@ use crate::{
     pass::{Context, Declare, Fidelity, Pass, rewrite},
 };
 
-/// Fold `Mul`, `Div`, `Add` and `Sub` by constants into the `Conv`, `ConvTranspose` or `Gemm` before or after them, and
-/// into each other.
+/// Fold `Mul`, `Div`, `Add` and `Sub` by constants into the `Conv`, `ConvTranspose`, `Gemm` or `MatMul` before or after them,
+/// and into each other.
 ///
 /// a·(W·x + b) + c is one layer with weight a·W and bias a·b + c; W·(a·x + c) + b is one with weight W·a and bias W·c + b.
 /// Two sums, or two products, by constants are one.
@@ -56,6 +56,8 @@ struct Affine {
     scale: Option<Vec<f64>>,
     shift: Option<Vec<f64>>,
     trailing: usize,
+    /// The rank of the constant.
+    rank: usize,
 }
 
 impl Affine {
@@ -82,11 +84,16 @@ impl Affine {
             ("Sub", false) => (Some(vec![-1.0]), each(|v| v)),
             _ => return None,
         };
-        Some(Self { x, scale, shift, trailing })
+        Some(Self { x, scale, shift, trailing, rank: constant.dims().len() })
     }
 
-    /// Scale and shift of each of `channels`, which `trailing` axes follow.
-    fn spread(&self, channels: usize, trailing: usize) -> Option<(Vec<f64>, Vec<f64>)> {
+    /// Scale and shift of each of `channels` that `layer` makes or reads; `None` where the constant does not fit them or may
+    /// widen the result.
+    fn spread(&self, channels: usize, layer: &Layer) -> Option<(Vec<f64>, Vec<f64>)> {
+        let trailing = layer.trailing;
+        if self.rank > layer.rank {
+            return None;
+        }
         let spread = |values: &Option<Vec<f64>>, neutral: f64| match values.as_deref() {
             None => Some(vec![neutral; channels]),
             Some(&[one]) => Some(vec![one; channels]),
@@ -109,6 +116,9 @@ fn write(
     if affine.scale.is_some() {
         graph.sole_use(layer.weight)?;
         weight = Some(layer.scaled(graph, factor)?);
+    }
+    if !layer.takes_bias && bias.iter().any(|&b| b != 0.0) {
+        return None;
     }
     let bias = layer.fit_bias(graph, bias)?;
     let name = |graph: &Graph, value: Outlet, what: &str| format!("{}.{what}", graph.name(value));
@@ -142,7 +152,7 @@ fn after(graph: &mut Graph, node: NodeId) -> Option<()> {
     let layer = Layer::of(graph, affine.x.node)?;
     let pinned = graph.is_pinned(affine.x) || graph.is_pinned(node.out()) || graph.is_pinned(layer.weight);
     graph.sole_use(affine.x).filter(|_| !pinned)?;
-    let (scale, shift) = affine.spread(layer.channels.0, layer.trailing)?;
+    let (scale, shift) = affine.spread(layer.channels.0, &layer)?;
     let bias: Vec<_> = layer.bias.iter().zip(&scale).zip(&shift).map(|((b, a), c)| a * b + c).collect();
     write(graph, &layer, &affine, |output, _| scale[output], &bias)?;
     let constants: Vec<_> = graph.operands(node).into_iter().flatten().filter(|value| *value != affine.x).collect();
@@ -169,7 +179,7 @@ fn before(graph: &mut Graph, node: NodeId) -> Option<()> {
     if turned || affine.shift.is_some() && no_sums || graph.is_pinned(layer.weight) {
         return None;
     }
-    let (scale, shift) = affine.spread(layer.channels.1, layer.trailing)?;
+    let (scale, shift) = affine.spread(layer.channels.1, &layer)?;
     let mut bias = layer.bias.clone();
     for (value, (output, input)) in tensor.f64s()?.iter().zip(layer.channels_of(tensor)) {
         bias[output] += value * shift[input];

@@ -45,7 +45,7 @@ fn fuse(graph: &mut Graph, bn: NodeId) -> Option<()> {
     let epsilon = f64::from(norm.float("epsilon").unwrap_or(EPSILON));
     let layer_out = graph.operand(bn, 0)?;
     graph.sole_use(layer_out)?;
-    let layer = Layer::of(graph, layer_out.node)?;
+    let layer = Layer::of(graph, layer_out.node).filter(|layer| layer.takes_bias)?;
     graph.sole_use(layer.weight)?;
     let parameter = |slot: u32| graph.constant(graph.operand(bn, slot)?)?.f64s();
     let (scale, shift, mean, var) = (parameter(1)?, parameter(2)?, parameter(3)?, parameter(4)?);

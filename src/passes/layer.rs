@@ -1,18 +1,25 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use crate::ir::{Graph, NodeId, Outlet, Tensor, Weight, tensor::strides};
+use crate::ir::{
+    Graph, NodeId, Outlet, Tensor, Weight,
+    tensor::{is_float, strides},
+};
 
-/// A `Conv`, `ConvTranspose` or `Gemm` with constant weights.
+/// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
 pub(super) struct Layer {
     pub(super) node: NodeId,
     pub(super) weight: Outlet,
     /// The axes of the weight that are output and input channels.
-    axes: (usize, usize),
-    groups: usize,
+    pub(super) axes: (usize, usize),
+    pub(super) groups: usize,
     /// How many output and input channels the layer has.
     pub(super) channels: (usize, usize),
+    /// The least rank that the operand and the result can have.
+    pub(super) rank: usize,
     /// How many axes of the result follow that of the channels.
     pub(super) trailing: usize,
+    /// Whether the operator can have a bias.
+    pub(super) takes_bias: bool,
     /// The factor that the operator has for its bias.
     pub(super) beta: f64,
     /// The bias of each output channel, that factor included.
@@ -23,7 +30,7 @@ impl Layer {
     pub(super) fn of(graph: &Graph, node: NodeId) -> Option<Self> {
         let op = graph.op(node)?;
         let weight = graph.operand(node, 1)?;
-        let tensor = graph.constant(weight).filter(|tensor| tensor.f64s().is_some())?;
+        let tensor = graph.constant(weight).filter(|tensor| is_float(tensor.dtype()))?;
         let dims = tensor.dims();
         let groups = usize::try_from(op.int("group").unwrap_or(1)).ok().filter(|&groups| groups > 0)?;
         let (axes, groups, trailing) = match op.standard()? {
@@ -31,11 +38,14 @@ impl Layer {
             "ConvTranspose" => ((1, 0), groups, dims.len().checked_sub(2)?),
             "Gemm" if op.int("transB") == Some(1) => ((0, 1), 1, 0),
             "Gemm" => ((1, 0), 1, 0),
+            "MatMul" if dims.len() == 2 => ((1, 0), 1, 0),
             _ => return None,
         };
         // The first axis of a weight runs over all groups, the second over one.
         let count = |axis: usize| Some(dims.get(axis)? * if axis == 1 { groups } else { 1 });
         let channels = (count(axes.0)?, count(axes.1)?);
+        let takes_bias = !op.is("MatMul");
+        let rank = if takes_bias { trailing + 2 } else { 1 };
         let beta = if op.is("Gemm") { f64::from(op.float("beta").unwrap_or(1.0)) } else { 1.0 };
         let bias = match graph.operand(node, 2) {
             None => vec![0.0; channels.0],
@@ -51,7 +61,14 @@ impl Layer {
                 }
             }
         };
-        Some(Self { node, weight, axes, groups, channels, trailing, beta, bias })
+        Some(Self { node, weight, axes, groups, channels, rank, trailing, takes_bias, beta, bias })
+    }
+
+    /// The layer with one group and these output and input channels, and the shape of a weight like `dims` then.
+    pub(super) fn resized(self, channels: (usize, usize), dims: &[usize]) -> (Self, Vec<usize>) {
+        let mut dims = dims.to_vec();
+        (dims[self.axes.0], dims[self.axes.1]) = channels;
+        (Self { channels, groups: 1, ..self }, dims)
     }
 
     /// The weight with each element multiplied by `factor` of its output channel and input channel; `None` where that is

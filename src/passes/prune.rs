@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::surgery::{remove, spare};
 use crate::{
     analysis::{
-        channels::{Channels, Count, Role, Side},
+        channels::{Channels, Role, Side},
         shapes::Shapes,
     },
-    ir::{Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::strides},
+    ir::{Graph, tensor::strides},
     pass::{Context, Declare, Fidelity, Pass},
 };
 
@@ -139,7 +140,7 @@ impl Prune {
         spare(&channels, &mut doomed);
         cx.add("channels removed", doomed.len());
         if !doomed.is_empty() {
-            remove(graph, &channels, &doomed.into_keys().collect());
+            remove(graph, &channels, &doomed.into_keys().collect(), Self::NAME);
         }
         for id in graph.holders() {
             let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
@@ -230,93 +231,4 @@ impl Prune {
             })
             .collect()
     }
-}
-
-/// Spares the best of the doomed classes of each axis that would be left without any.
-fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
-    for (value, axis, extent) in channels.axes() {
-        let classes = (0..extent).map(|i| channels.class(value, axis, i));
-        let scores = classes.map(|class| Some((*doomed.get(&class?)?, class?))).collect::<Option<Vec<_>>>();
-        let best = scores.and_then(|scores| scores.into_iter().max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))));
-        if let Some((_, class)) = best {
-            doomed.remove(&class);
-        }
-    }
-}
-
-/// Removes the classes `doomed` from every constant, and what spells their count.
-fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>) {
-    let stays =
-        |value: Outlet, axis: usize, i: usize| channels.class(value, axis, i).is_none_or(|c| !doomed.contains(&c));
-    let kept =
-        |value: Outlet, axis: usize, extent: usize| (0..extent).filter(|&i| stays(value, axis, i)).collect::<Vec<_>>();
-    // Counts first: they are read off the values as they were.
-    let axes: Vec<_> =
-        channels.axes().map(|(value, axis, extent)| (value, axis, kept(value, axis, extent), extent)).collect();
-    let size = |value: Outlet, axis: usize| channels.extent(value, axis).map(|extent| kept(value, axis, extent).len());
-    let mut extents: BTreeMap<String, Vec<(usize, usize)>> = BTreeMap::new();
-    for (value, axis, kept, extent) in &axes {
-        if kept.len() < *extent {
-            extents.entry(graph.name(*value).to_owned()).or_default().push((*axis, kept.len()));
-        }
-    }
-    for count in &channels.counts {
-        respell(graph, count, &size);
-    }
-    let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
-    for (value, axis, kept, extent) in axes {
-        if kept.len() == extent {
-            continue;
-        }
-        let Some(weight) = selected.get(&value).or_else(|| graph.weight(value)) else { continue };
-        if let Some(weight) = weight.select(axis, &kept) {
-            selected.insert(value, weight);
-        }
-    }
-    for (value, weight) in selected {
-        let name = format!("{}.prune", graph.name(value));
-        let new = graph.add_const(weight, &name);
-        graph.replace_uses(value, new);
-        graph.sweep(value.node);
-    }
-    graph.edit_extents(&extents);
-}
-
-/// Rewrites an attribute or constant that spells a count of channels.
-fn respell(graph: &mut Graph, count: &Count, size: &dyn Fn(Outlet, usize) -> Option<usize>) -> Option<()> {
-    match *count {
-        Count::Group(node) => {
-            let channels = size(graph.operand(node, 0)?, 1)? as i64;
-            if graph.op(node)?.int("group") != Some(channels) {
-                graph.edit_op(node, |op| *op = std::mem::take(op).with_int("group", channels));
-            }
-        }
-        Count::Shape(node, axis) => {
-            let shape = graph.operand(node, 1)?;
-            let mut entries = graph.constant(shape)?.i64s()?;
-            entries[axis] = size(node.out(), axis)? as i64;
-            set_ints(graph, node, shape, &entries)?;
-        }
-        Count::Split(node, axis) => {
-            let parts = (0..graph.output_count(node)).map(|slot| Some(size(node.at(slot), axis)? as i64));
-            let parts: Vec<_> = parts.collect::<Option<_>>()?;
-            match graph.operand(node, 1) {
-                Some(split) => set_ints(graph, node, split, &parts)?,
-                None => graph.edit_op(node, |op: &mut Op| *op = std::mem::take(op).with_ints("split", &parts)),
-            }
-        }
-    }
-    Some(())
-}
-
-/// Has `node` read `entries` in slot 1, where it read the constant `old`.
-fn set_ints(graph: &mut Graph, node: NodeId, old: Outlet, entries: &[i64]) -> Option<()> {
-    if graph.constant(old)?.i64s()? == entries {
-        return Some(());
-    }
-    let name = format!("{}.prune", graph.name(old));
-    let new = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], entries)), &name);
-    graph.set_operand(node, 1, Some(new));
-    graph.sweep(old.node);
-    Some(())
 }

@@ -108,7 +108,7 @@ fn watch(started: &Arc<AtomicU64>, begin: Instant, current: PathBuf) {
             let since = started.load(Ordering::Relaxed);
             if since > 0 && begin.elapsed() > Duration::from_millis(since) + TIME {
                 println!("{}: it takes too long", current.display());
-                std::process::exit(1);
+                std::process::abort();
             }
         }
     });
@@ -340,7 +340,8 @@ impl Damage<'_> {
             // The same elements in another shape.
             (_, Some(_)) => {
                 let count: i64 = tensor.dims.iter().fold(1, |n: i64, &d| n.saturating_mul(d));
-                tensor.dims = [vec![count], vec![1, count], vec![count, 1, 1], vec![]][self.below(4)].clone();
+                let mut shapes = vec![vec![count], vec![1, count], vec![count, 1, 1], vec![]];
+                tensor.dims = shapes.swap_remove(self.below(4));
             }
             _ => {
                 let at = self.below(tensor.int64_data.len());

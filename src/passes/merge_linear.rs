@@ -1,0 +1,141 @@
+//! See [`MergeLinear`].
+
+use nalgebra::{DMatrix, DVector};
+
+use super::layer::{Layer, is_finite};
+use crate::{
+    ir::{Graph, NodeId, Op, Tensor, Weight},
+    pass::{Context, Declare, Fidelity, Pass, rewrite},
+};
+
+/// Make one layer of two linear ones that follow each other, where that is cheaper.
+///
+/// V·(W·x + b) + c is one layer with weight V·W and bias V·b + c: `Gemm` or `MatMul` after the like, and convolutions of one
+/// group of which one is 1×1.
+///
+/// Applies when: nothing else reads what is in between, the one weight has no more elements than the two, and where the
+/// second convolution pads, the first has no bias and neither a stride nor padding.
+///
+/// Fidelity: rounding; products are summed in double precision and rounded once.
+#[derive(Debug, clap::Parser)]
+#[command(name = "merge-linear")]
+pub(super) struct MergeLinear {}
+
+impl Declare for MergeLinear {
+    const NAME: &'static str = "merge-linear";
+    const FIDELITY: Fidelity = Fidelity::Rounding;
+}
+
+impl Pass for MergeLinear {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        cx.add("layers merged", rewrite(graph, merge));
+        Ok(())
+    }
+}
+
+/// A weight as one matrix of output by input channels for each place of its kernel.
+fn kernels(layer: &Layer, weight: &Tensor) -> Option<Vec<DMatrix<f64>>> {
+    let places: usize = weight.dims().get(2..)?.iter().product();
+    let mut kernels = vec![DMatrix::zeros(layer.channels.0, layer.channels.1); places];
+    for (i, (value, (output, input))) in weight.f64s()?.into_iter().zip(layer.channels_of(weight)).enumerate() {
+        kernels[i % places][(output, input)] = value;
+    }
+    Some(kernels)
+}
+
+/// The weights of `kernels` in the order of axes that `layer` keeps its own in.
+fn flatten(layer: &Layer, kernels: &[DMatrix<f64>], dims: &[usize], template: &Weight) -> Option<Weight> {
+    let outer = Tensor::i64(dims, &vec![0; dims.iter().product()]);
+    let entry = |(i, (output, input)): (usize, (usize, usize))| kernels[i % kernels.len()][(output, input)];
+    let values: Vec<f64> = layer.channels_of(&outer).enumerate().map(entry).collect();
+    template.fit(dims, &values).filter(is_finite)
+}
+
+/// Whether the convolution at `node` looks at each pixel where it is, alone.
+fn is_pointwise(graph: &Graph, layer: &Layer) -> Option<bool> {
+    let op = graph.op(layer.node)?;
+    let ones = |name: &str, wanted: i64| op.ints(name).is_none_or(|values| values.iter().all(|&value| value == wanted));
+    let kernel = graph.constant(layer.weight)?.dims().get(2..)?.iter().all(|&extent| extent == 1);
+    Some(
+        kernel
+            && ones("strides", 1)
+            && ones("pads", 0)
+            && matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID")),
+    )
+}
+
+/// Merges the layer at `node` with the one that makes its operand.
+fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
+    let middle = graph.operand(node, 0)?;
+    graph.sole_use(middle).filter(|_| !graph.is_pinned(middle) && !graph.is_pinned(node.out()))?;
+    let (first, second) = (Layer::of(graph, middle.node)?, Layer::of(graph, node)?);
+    let kinds = (graph.op(first.node)?.standard()?, graph.op(node)?.standard()?);
+    let plain = |node: NodeId| {
+        let op = graph.op(node);
+        op.is_some_and(|op| op.int("transA").unwrap_or(0) == 0 && op.float("alpha").unwrap_or(1.0) == 1.0)
+    };
+    let convolutions = match kinds {
+        ("Conv", "Conv") => true,
+        ("Gemm" | "MatMul", "Gemm") | ("MatMul", "MatMul") => false,
+        _ => return None,
+    };
+    if ![first.node, node].into_iter().all(plain) || first.channels.0 != second.channels.1 {
+        return None;
+    }
+    let (w, v) = (graph.constant(first.weight)?, graph.constant(second.weight)?);
+    let biased = first.bias.iter().any(|&b| b != 0.0);
+    let (leading, trailing) = (is_pointwise(graph, &first), is_pointwise(graph, &second));
+    if convolutions {
+        let grouped =
+            [first.node, node].iter().any(|&node| graph.op(node).and_then(|op| op.int("group")).unwrap_or(1) != 1);
+        let op = graph.op(node)?;
+        let pads = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
+            || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
+        // What the second pads with is zero, and not the bias of the first.
+        if grouped || !(leading? && !(pads && biased) || trailing?) {
+            return None;
+        }
+    }
+    let (before, after) = (kernels(&first, w)?, kernels(&second, v)?);
+    let (kept, shape_of) = if convolutions && leading != Some(true) { (first.node, w) } else { (node, v) };
+    let merged: Vec<_> = if before.len() == 1 {
+        after.iter().map(|after| after * &before[0]).collect()
+    } else {
+        before.iter().map(|before| &after[0] * before).collect()
+    };
+    let channels = (second.channels.0, first.channels.1);
+    let (both, dims) = second.resized(channels, shape_of.dims());
+    if dims.iter().product::<usize>() > w.len() + v.len() {
+        return None;
+    }
+    let through = after.iter().fold(DVector::from_column_slice(&both.bias), |sum, after| {
+        sum + after * DVector::from_column_slice(&first.bias)
+    });
+    let bias = through.as_slice();
+    let weight = flatten(&both, &merged, &dims, graph.weight(both.weight)?)?;
+    let bias = if bias.iter().any(|&b| b != 0.0) { Some(both.fit_bias(graph, bias)?) } else { None };
+    replace(graph, (&first, &both), kept, weight, bias)
+}
+
+/// Makes the operator at `second` the one of both layers: with the attributes of `kept`, this weight and this bias.
+fn replace(
+    graph: &mut Graph,
+    (first, second): (&Layer, &Layer),
+    kept: NodeId,
+    weight: Weight,
+    bias: Option<Weight>,
+) -> Option<()> {
+    let node = second.node;
+    let name = |what: &str| format!("{}.{what}", graph.name(node.out()));
+    let (weight_name, bias_name) = (name("weight"), name("bias"));
+    let source = graph.operand(first.node, 0)?;
+    let own = graph.op(node)?.name().to_owned();
+    let op = graph.op(kept)?.clone().named(&own).without("beta");
+    let weight = graph.add_const(weight, &weight_name);
+    let bias = bias.map(|bias| graph.add_const(bias, &bias_name));
+    graph.exchange_operand(node, 1, Some(weight));
+    graph.exchange_operand(node, 2, bias);
+    graph.edit_op(node, |old| *old = Op { arity: old.arity, ..op });
+    graph.exchange_operand(node, 0, Some(source));
+    Some(())
+}
