@@ -10,6 +10,17 @@ use onnx_shrink::{
 use crate::fixtures;
 
 #[test]
+fn what_fuzzing_found_is_answered_with_a_model_or_an_error() {
+    let simplify = pipeline::parse("simplify").unwrap();
+    for path in fixtures("fuzz") {
+        let Ok(mut model) = Model::open(&path) else { continue };
+        let done = pipeline::run(&simplify, &mut model, &mut Context::default(), Price::default());
+        assert!(done.is_ok(), "{}: {:?}", path.display(), done.err());
+        assert!(Model::decode(model.encode().into(), None).is_ok(), "{}", path.display());
+    }
+}
+
+#[test]
 fn every_operator_computes_the_same_after_simplification() {
     let simplify = pipeline::parse("simplify").unwrap();
     let (mut changed, mut compared) = (0, 0);

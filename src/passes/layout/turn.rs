@@ -51,7 +51,7 @@ fn is_absent(graph: &Graph, node: NodeId, attribute: &str, slot: u32) -> bool {
 /// What the operator at `node` becomes where it makes, in place of each result, what a `Transpose` by `perm` turns into
 /// that result. `None` where it cares for the order of axes.
 pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize]) -> Option<Turn> {
-    let op = graph.op(node).filter(|_| graph.opset() >= 7)?;
+    let op = graph.op(node).filter(|op| graph.opset() >= 7 && op.bodies.is_empty())?;
     let rank = perm.len();
     let of_rank = |value: Outlet| shapes.rank(value) == Some(rank);
     if (0..graph.output_count(node)).any(|slot| graph.is_pinned(node.at(slot)) || graph.name(node.at(slot)).is_empty())
