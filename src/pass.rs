@@ -239,17 +239,23 @@ pub fn rewrite_shaped(graph: &mut Graph, rule: &impl Fn(&mut Graph, &Shapes, Nod
 /// Runs `f` on `graph` and on every body in it, outer ones first, each with its shapes, and adds up what it answers. The
 /// shapes are those that hold for every caller: what holds at the verified shape alone is not always so.
 pub fn everywhere_shaped(graph: &mut Graph, f: &impl Fn(&mut Graph, &Shapes) -> usize) -> usize {
-    everywhere_inside(graph, &|graph| Shapes::infer(graph, &BTreeMap::new()), f)
+    let declared = |graph: &Graph| Shapes::infer(graph, &BTreeMap::new());
+    everywhere_inferring(graph, &declared, &|graph, infer| {
+        let shapes = infer(graph);
+        f(graph, &shapes)
+    })
 }
 
-/// Runs `f` on `graph`, whose shapes `infer` finds, and then on the bodies in what it left.
-fn everywhere_inside(
+/// Finds the shapes of a graph.
+pub type Infer<'a> = dyn Fn(&Graph) -> Shapes + 'a;
+
+/// Runs `f` on `graph`, whose shapes `infer` finds, and then on the bodies in what it left, each with what finds its shapes.
+pub fn everywhere_inferring(
     graph: &mut Graph,
-    infer: &dyn Fn(&Graph) -> Shapes,
-    f: &impl Fn(&mut Graph, &Shapes) -> usize,
+    infer: &Infer<'_>,
+    f: &impl Fn(&mut Graph, &Infer<'_>) -> usize,
 ) -> usize {
-    let shapes = infer(graph);
-    let mut count = f(graph, &shapes);
+    let mut count = f(graph, infer);
     let holders = graph.holders();
     if holders.is_empty() {
         return count;
@@ -258,7 +264,7 @@ fn everywhere_inside(
     for id in holders {
         let captured = shapes.captured(graph, id);
         for body in graph.bodies_mut(id) {
-            count += everywhere_inside(&mut body.graph, &|body| Shapes::infer_body(body, &captured), f);
+            count += everywhere_inferring(&mut body.graph, &|body| Shapes::infer_body(body, &captured), f);
         }
     }
     count

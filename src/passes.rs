@@ -18,15 +18,17 @@ mod layer;
 mod layout;
 mod merge_linear;
 mod prune;
+mod share_constants;
 mod surgery;
 mod svd;
 
 use crate::pass::PassInfo;
 
-/// All passes. The exact and rounding ones stand in the order in which `simplify` runs them: what is dead goes first
-/// since it would be work for the others, branches that are always taken next since what is in them is, identities before folding since they hide constants, folding before merging
-/// since it makes equal constants, and fusion last since it needs its operands to be plain constants: activations before
-/// sums and products go into the layers around them.
+/// All passes. The exact and rounding ones stand in the order in which `simplify` runs them. What is dead goes first since it
+/// would be work for the others, and branches that are always taken are put in place next since what is in them is, too.
+/// Identities go before folding since they hide constants, and folding before merging since it makes equal constants.
+/// `Transpose`s go before the fusions since they stand between what is fused: activations first, then the sums and products
+/// that go into the layers around them. Constants are shared last, since what is shared can't be fused.
 pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dead_nodes::DeadNodes>(),
     PassInfo::of::<control_flow::ControlFlow>(),
@@ -44,6 +46,7 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<fuse_pad::FusePad>(),
     PassInfo::of::<merge_linear::MergeLinear>(),
     PassInfo::of::<dead_channels::DeadChannels>(),
+    PassInfo::of::<share_constants::ShareConstants>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<prune::Prune>(),
 ];

@@ -226,6 +226,44 @@ impl Graph {
         }
     }
 
+    /// Has every `Constant` node whose value is no output be an initializer; says how many there were.
+    pub fn list_constants(&mut self) -> usize {
+        let outputs: HashSet<_> = self.outputs.iter().map(|output| output.value.node).collect();
+        let mut listed = 0;
+        for id in self.node_ids().filter(|id| !outputs.contains(id)).collect::<Vec<_>>() {
+            if let Kind::Const(constant) = &mut self.dag[id.0].kind
+                && matches!(constant.origin, Origin::Node { .. })
+            {
+                constant.origin = Origin::Initializer;
+                listed += 1;
+            }
+        }
+        self.edits += listed as u64;
+        listed
+    }
+
+    /// Has the constant `inner` of body `index` of `holder` be `value` of this graph, which is the same.
+    pub fn capture(&mut self, holder: NodeId, index: usize, inner: NodeId, value: Outlet) {
+        let captures = self.captures(holder);
+        let known = captures.iter().find(|(_, captured)| **captured == value).map(|(&number, _)| number);
+        let number = known.unwrap_or_else(|| captures.keys().last().map_or(0, |last| last + 1));
+        if known.is_none() {
+            self.edits += 1;
+            self.wire(value, holder, Inlet::Captured(number));
+        }
+        let Some(body) = self.bodies_mut(holder).get_mut(index) else { return };
+        let graph = &mut body.graph;
+        let captured = |id: &NodeId| matches!(graph.kind(*id), Kind::Capture(other) if *other == number);
+        let found = graph.node_ids().find(captured);
+        if let Some(capture) = found {
+            graph.replace_uses(inner.out(), capture.out());
+            graph.sweep(inner);
+        } else {
+            graph.edits += 1;
+            graph.dag[inner.0].kind = Kind::Capture(number);
+        }
+    }
+
     /// Gives the constant `value` another weight, if `value` is one that nothing but the caller's own rewrite reads.
     pub fn set_weight(&mut self, value: Outlet, weight: Weight) {
         if let Kind::Const(constant) = &mut self.dag[value.node.0].kind {

@@ -10,11 +10,10 @@ use crate::{
     analysis::{
         channels::{Channels, Role},
         is_elementwise,
-        shapes::Shapes,
     },
     eval,
     ir::{DType, Graph, Inlet, NodeId, Op, Outlet, Tensor, Weight, tensor::strides},
-    pass::{Context, Declare, Fidelity, Pass},
+    pass::{Context, Declare, Fidelity, Infer, Pass, everywhere_inferring},
 };
 
 /// Remove channels that compute nothing new: those of filters of zeros, of equal filters, and those that nothing reads.
@@ -37,39 +36,28 @@ impl Declare for DeadChannels {
 
 impl Pass for DeadChannels {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let removed = clear(graph, &|graph| cx.shapes(graph));
+        let removed = everywhere_inferring(graph, &|graph| cx.shapes(graph), &clear);
         cx.add("channels removed", removed);
         Ok(())
     }
 }
 
-/// Removes the dead channels of `graph`, whose shapes `infer` finds, and of the bodies in it.
-fn clear(graph: &mut Graph, infer: &dyn Fn(&Graph) -> Shapes) -> usize {
-    let mut removed = 0;
+/// Removes the dead channels of `graph`, whose shapes `infer` finds.
+fn clear(graph: &mut Graph, infer: &Infer<'_>) -> usize {
     let mut next = graph.clone();
     for node in graph.ops() {
         silence(&mut next, node);
     }
-    if graph.ops().into_iter().any(|node| has_unread(&next, node) == Some(true)) {
-        let channels = Channels::of(&next, &infer(&next));
-        let mut doomed = unread(&next, &channels);
-        spare(&channels, &mut doomed);
-        removed = doomed.len();
-        if removed > 0 {
-            remove(&mut next, &channels, &doomed.into_keys().collect(), DeadChannels::NAME);
-            *graph = next;
-        }
+    if !graph.ops().into_iter().any(|node| has_unread(&next, node) == Some(true)) {
+        return 0;
     }
-    let holders = graph.holders();
-    if holders.is_empty() {
-        return removed;
-    }
-    let shapes = infer(graph);
-    for id in holders {
-        let captured = shapes.captured(graph, id);
-        for body in graph.bodies_mut(id) {
-            removed += clear(&mut body.graph, &|body| Shapes::infer_body(body, &captured));
-        }
+    let channels = Channels::of(&next, &infer(&next));
+    let mut doomed = unread(&next, &channels);
+    spare(&channels, &mut doomed);
+    let removed = doomed.len();
+    if removed > 0 {
+        remove(&mut next, &channels, &doomed.into_keys().collect(), DeadChannels::NAME);
+        *graph = next;
     }
     removed
 }

@@ -63,58 +63,29 @@ pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize])
         return of_rank(node.out()).then(|| broadcasting(graph, shapes, node, perm))?;
     }
     graph.operand(node, 0).filter(|&x| of_rank(x))?;
-    let moved = |a: i64| axis(a, rank).map(|a| perm[a] as i64);
-    let all_moved = |axes: &[i64]| axes.iter().map(|&a| moved(a)).collect::<Option<Vec<_>>>();
+    let along = |default: i64| Some(moved(&[op.int("axis").unwrap_or(default)], perm)?[0]);
     match kind {
         _ if is_elementwise(kind) || kind == "Cast" => Some(Turn::of(op, vec![0])),
         "Concat" => {
             let operands: Vec<_> = graph.operands(node).into_iter().collect::<Option<_>>()?;
             let turn = Turn::of(op, (0..operands.len() as u32).collect());
-            let at = moved(op.int("axis")?)?;
+            let at = moved(&[op.int("axis")?], perm)?[0];
             operands.into_iter().all(of_rank).then(|| Turn { op: turn.op.with_int("axis", at), ..turn })
         }
         "Split" => {
             let turn = Turn::of(op, vec![0]);
-            Some(Turn { op: turn.op.with_int("axis", moved(op.int("axis").unwrap_or(0))?), ..turn })
+            Some(Turn { op: turn.op.with_int("axis", along(0)?), ..turn })
         }
         // Before opset 13 the axes from one on were taken as one.
         "Softmax" | "LogSoftmax" | "Hardmax" if graph.opset() >= 13 => {
             let turn = Turn::of(op, vec![0]);
-            Some(Turn { op: turn.op.with_int("axis", moved(op.int("axis").unwrap_or(-1))?), ..turn })
+            Some(Turn { op: turn.op.with_int("axis", along(-1)?), ..turn })
         }
-        "Pad" => {
-            let pads = integers(graph, node, "pads", 1)?;
-            let turn = Turn::of(op, vec![0]);
-            if !is_absent(graph, node, "axes", 3) {
-                let axes = integers(graph, node, "axes", 3)?;
-                return Some(turn.with_ints(graph, node, "axes", 3, &all_moved(&axes)?));
-            }
-            let mut turned = vec![0; pads.len()];
-            for (k, &pad) in pads.iter().enumerate() {
-                *turned.get_mut(perm.get(k % rank)? + k / rank * rank)? = pad;
-            }
-            (pads.len() == 2 * rank).then(|| turn.with_ints(graph, node, "pads", 1, &turned))
-        }
-        "Slice" => {
-            let axes = if is_absent(graph, node, "axes", 3) {
-                (0..integers(graph, node, "starts", 1)?.len() as i64).collect()
-            } else {
-                integers(graph, node, "axes", 3)?
-            };
-            let axes = all_moved(&axes)?;
-            let mut turn = Turn::of(op, vec![0]);
-            if op.ints("starts").is_some() {
-                turn.op = turn.op.with_ints("axes", &axes);
-            } else {
-                // Indices are of one type.
-                let starts = graph.operand(node, 1).and_then(|value| shapes.fact(value)?.dtype)?;
-                turn.given.insert(3, Weight::dense(Tensor::integers(starts, &[axes.len()], &axes)?));
-            }
-            Some(turn)
-        }
+        "Pad" => pad(graph, node, perm),
+        "Slice" => slice(graph, shapes, node, perm),
         "ArgMax" | "ArgMin" if op.int("keepdims").unwrap_or(1) == 1 => {
             let turn = Turn::of(op, vec![0]);
-            Some(Turn { op: turn.op.with_int("axis", moved(op.int("axis").unwrap_or(0))?), ..turn })
+            Some(Turn { op: turn.op.with_int("axis", along(0)?), ..turn })
         }
         _ if kind.starts_with("Reduce") && op.int("keepdims").unwrap_or(1) == 1 => {
             let turn = Turn::of(op, vec![0]);
@@ -122,10 +93,51 @@ pub(super) fn turn(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize])
                 return Some(turn);
             }
             let axes = integers(graph, node, "axes", 1)?;
-            Some(turn.with_ints(graph, node, "axes", 1, &all_moved(&axes)?))
+            Some(turn.with_ints(graph, node, "axes", 1, &moved(&axes, perm)?))
         }
         _ => None,
     }
+}
+
+/// As [`turn`], for a `Pad`.
+fn pad(graph: &Graph, node: NodeId, perm: &[usize]) -> Option<Turn> {
+    let rank = perm.len();
+    let turn = Turn::of(graph.op(node)?, vec![0]);
+    if !is_absent(graph, node, "axes", 3) {
+        let axes = moved(&integers(graph, node, "axes", 3)?, perm)?;
+        return Some(turn.with_ints(graph, node, "axes", 3, &axes));
+    }
+    let pads = integers(graph, node, "pads", 1).filter(|pads| pads.len() == 2 * rank)?;
+    let mut turned = vec![0; 2 * rank];
+    for (k, &axis) in perm.iter().enumerate() {
+        (turned[axis], turned[axis + rank]) = (pads[k], pads[k + rank]);
+    }
+    Some(turn.with_ints(graph, node, "pads", 1, &turned))
+}
+
+/// As [`turn`], for a `Slice`.
+fn slice(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize]) -> Option<Turn> {
+    let op = graph.op(node)?;
+    let axes = if is_absent(graph, node, "axes", 3) {
+        (0..integers(graph, node, "starts", 1)?.len() as i64).collect()
+    } else {
+        integers(graph, node, "axes", 3)?
+    };
+    let axes = moved(&axes, perm)?;
+    let mut turn = Turn::of(op, vec![0]);
+    if op.ints("starts").is_some() {
+        turn.op = turn.op.with_ints("axes", &axes);
+    } else {
+        // Indices are of one type.
+        let starts = graph.operand(node, 1).and_then(|value| shapes.fact(value)?.dtype)?;
+        turn.given.insert(3, Weight::dense(Tensor::integers(starts, &[axes.len()], &axes)?));
+    }
+    Some(turn)
+}
+
+/// The axes of what `perm` turns that become `axes` of the result.
+fn moved(axes: &[i64], perm: &[usize]) -> Option<Vec<i64>> {
+    axes.iter().map(|&a| axis(a, perm.len()).map(|a| perm[a] as i64)).collect()
 }
 
 /// As [`turn`], for an operator on operands that are broadcast.
