@@ -46,6 +46,12 @@ pub fn is_elementwise(op_type: &str) -> bool {
     ELEMENTWISE.contains(&op_type)
 }
 
+/// Whether no element of an operator's result is below zero.
+#[must_use]
+pub fn never_negative(op_type: &str) -> bool {
+    matches!(op_type, "Relu" | "Abs" | "Sigmoid" | "HardSigmoid" | "Softmax" | "Exp" | "Softplus")
+}
+
 /// Operators of one operand that compute each element of the result from the same element of it.
 const ELEMENTWISE: &[&str] = &[
     "Abs",

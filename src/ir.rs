@@ -56,7 +56,8 @@ pub struct Graph {
     pub(crate) rest: GraphProto,
 }
 
-/// A node; valid until the node is removed, then possibly given to a new one.
+/// A node. While a pass runs, no other gets the id of one that is removed, so that what was found out about a graph does not
+/// become true of something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(NodeIndex);
 
@@ -117,6 +118,8 @@ struct Node {
     outputs: Vec<String>,
     /// Place in the file, of a new node that of its neighbour.
     position: u64,
+    /// Whether it is removed: its id is given to no other until [`Graph::purge`].
+    gone: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -181,7 +184,7 @@ impl Graph {
     /// How many nodes there are, inputs and constants included.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.dag.node_count()
+        self.node_ids().count()
     }
 
     /// Whether there are no nodes.
@@ -193,7 +196,7 @@ impl Graph {
     /// Whether `node` still exists.
     #[must_use]
     pub fn contains(&self, node: NodeId) -> bool {
-        self.dag.contains_node(node.0)
+        self.dag.node_weight(node.0).is_some_and(|node| !node.gone)
     }
 
     /// What `node` is.
@@ -341,7 +344,7 @@ impl Graph {
 
     /// Every node, in no useful order.
     pub fn node_ids(&self) -> impl Iterator<Item = NodeId> {
-        self.dag.node_indices().map(NodeId)
+        self.dag.node_indices().filter(|&id| !self.dag[id].gone).map(NodeId)
     }
 
     /// Every body, with the node that holds it.

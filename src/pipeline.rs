@@ -168,6 +168,7 @@ pub enum PipelineError {
 /// When the pass fails or leaves an invalid graph.
 pub fn transact(name: &str, pass: &dyn Pass, graph: &mut Graph, cx: &mut Context) -> Result<bool, PipelineError> {
     let mut next = graph.clone();
+    next.purge();
     pass.run(&mut next, cx).map_err(|source| PipelineError::Failed { pass: name.to_owned(), source })?;
     let changed = next.edits() != graph.edits();
     if changed {

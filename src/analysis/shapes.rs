@@ -5,6 +5,8 @@ mod term;
 
 use std::collections::BTreeMap;
 
+use xxhash_rust::xxh3::xxh3_64;
+
 use self::rules::Rule;
 pub use self::term::Term;
 use crate::{
@@ -48,8 +50,8 @@ struct Start<'a> {
     scope: u64,
 }
 
-/// Branches of different ranks are told apart by what follows for this many `If`s of a graph.
-const MAX_ASSUMED: usize = 64;
+/// Branches of different ranks are told apart by what follows for this many `If`s of a graph at a time.
+const MAX_ASSUMED: usize = 8;
 
 impl Shapes {
     /// Infers the facts of `graph`, whose inputs have the shapes of `bound` where it names them, else those declared.
@@ -81,8 +83,10 @@ impl Shapes {
     /// from which the graph is sure to fail is not taken.
     fn with(graph: &Graph, start: Start<'_>) -> Self {
         let mut shapes = Self::assuming(graph, start, &BTreeMap::new());
-        for id in graph.holders().into_iter().take(MAX_ASSUMED) {
-            if shapes.taken.contains_key(&id) || !shapes.is_ambiguous(graph, id) {
+        let open = |shapes: &Self, id| !shapes.taken.contains_key(&id) && shapes.is_ambiguous(graph, id);
+        let ambiguous: Vec<_> = graph.holders().into_iter().filter(|&id| open(&shapes, id)).collect();
+        for id in ambiguous.into_iter().take(MAX_ASSUMED) {
+            if !open(&shapes, id) {
                 continue;
             }
             let mut assumed = shapes.taken.clone();
@@ -147,6 +151,15 @@ impl Shapes {
         self.fact(value)?.ints.as_ref()?.iter().map(|i| i.and_then(Term::known)).collect()
     }
 
+    /// Integers that `node` has as an attribute in old operator sets and as an operand in new ones, if all are known.
+    #[must_use]
+    pub fn argument(&self, graph: &Graph, node: NodeId, attribute: &str, slot: u32) -> Option<Vec<i64>> {
+        match graph.operand(node, slot) {
+            Some(value) => graph.constant(value).and_then(Tensor::i64s).or_else(|| self.integers(value)),
+            None => graph.op(node)?.ints(attribute).map(<[i64]>::to_vec),
+        }
+    }
+
     /// How many values are of a shape that is known.
     #[must_use]
     pub fn known_count(&self) -> usize {
@@ -183,13 +196,13 @@ impl Shapes {
                 let constants: Vec<_> = operands.iter().map(|value| value.and_then(|v| graph.constant(v))).collect();
                 let rule = Rule { op, opset: graph.opset(), inputs: &inputs, constants: &constants };
                 self.impossible |= rule.fails();
-                let facts = if op.is("If") { self.branches(graph, id, op) } else { None };
+                let facts = if op.is("If") { self.branches(graph, id, op, start.scope) } else { None };
                 let facts = facts.or_else(|| rule.facts(graph.output_count(id) as usize));
                 let mut facts = facts.unwrap_or_default();
                 facts.resize(graph.output_count(id) as usize, Fact::default());
                 // Of declarations inside the graph only the types are believed: shapes there are often stale.
                 for (slot, fact) in (0..).zip(&mut facts) {
-                    fact.dtype = fact.dtype.or(declared(id.at(slot)).dtype);
+                    fact.dtype = fact.dtype.or_else(|| declared(id.at(slot)).dtype);
                 }
                 facts
             }
@@ -197,7 +210,7 @@ impl Shapes {
     }
 
     /// What is known of the results of the `If` at `id`: what holds for the branch that it takes, or for both.
-    fn branches(&mut self, graph: &Graph, id: NodeId, op: &Op) -> Option<Vec<Fact>> {
+    fn branches(&mut self, graph: &Graph, id: NodeId, op: &Op, scope: u64) -> Option<Vec<Fact>> {
         let place = |attribute: &str| op.bodies.iter().position(|body| body.attribute == attribute);
         let (then, otherwise) = (place("then_branch")?, place("else_branch")?);
         let condition =
@@ -205,7 +218,8 @@ impl Shapes {
         let settled = condition.map(|condition| if condition != 0 { then } else { otherwise });
         let captured = self.captured(graph, id);
         let mut results = [then, otherwise].map(|body| {
-            let start = Start { bound: &BTreeMap::new(), captured: &captured, scope: 2 + body as u64 };
+            let scope = scope_of(scope, graph.name(id.out()), body);
+            let start = Start { bound: &BTreeMap::new(), captured: &captured, scope };
             let inside = &op.bodies[body].graph;
             let shapes = Self::assuming(inside, start, &BTreeMap::new());
             let fact = |output: &Output| shapes.fact(output.value).cloned().unwrap_or_default();
@@ -231,6 +245,11 @@ impl Shapes {
         let [(_, _, a), (_, _, b)] = results;
         Some(a.into_iter().zip(b).map(|(a, b)| a.or(&b)).collect())
     }
+}
+
+/// The scope of a body of the operator whose first result is called `name`.
+fn scope_of(outer: u64, name: &str, body: usize) -> u64 {
+    xxh3_64(&[&outer.to_le_bytes()[..], &body.to_le_bytes(), name.as_bytes()].concat())
 }
 
 impl Fact {

@@ -12,7 +12,7 @@ use crate::{
 const UNLISTED_INITIALIZERS: i64 = 4;
 
 pub(super) fn model(model: &Model) -> ModelProto {
-    let graph = graph(&model.graph, &BTreeMap::new());
+    let graph = graph(&model.graph, &BTreeMap::new(), &HashSet::new());
     let mut proto = ModelProto { graph: Some(graph), ..model.rest.clone() };
     if model.graph.edits() > 0 && proto.ir_version() < UNLISTED_INITIALIZERS {
         proto.ir_version = Some(UNLISTED_INITIALIZERS);
@@ -20,9 +20,15 @@ pub(super) fn model(model: &Model) -> ModelProto {
     proto
 }
 
-/// The message of `graph`; `outer` are the names of the values it captures, by number.
-fn graph(graph: &Graph, outer: &BTreeMap<u32, String>) -> GraphProto {
-    let names = Names::new(graph, outer);
+/// The message of `graph`; `outer` are the names of the values it captures, by number, and `around` those of all values
+/// around it, which none in it may have.
+fn graph(graph: &Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>) -> GraphProto {
+    let names = Names::new(graph, outer, around);
+    let mut inside = HashSet::new();
+    if graph.bodies().next().is_some() {
+        inside.extend(around.iter().cloned());
+        inside.extend(graph.values().into_values().map(|value| names.of(value)));
+    }
     let mut proto = graph.rest.clone();
     // A file that nobody edited is written in its own order, sorted or not.
     let order = if graph.edits() == 0 { graph.file_order() } else { graph.order() };
@@ -47,7 +53,7 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>) -> GraphProto {
                     }
                 }
             }
-            Kind::Op(op) => proto.node.push(node(graph, id, op, &names)),
+            Kind::Op(op) => proto.node.push(node(graph, id, op, &names, &inside)),
         }
     }
     proto.input = graph.inputs().iter().map(|input| input.info.clone()).collect();
@@ -63,18 +69,21 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>) -> GraphProto {
         })
         .collect();
     let known = graph.values();
-    let declared = |name: &str| graph.edits() == 0 || known.contains_key(name);
+    let declared = |name: &str| {
+        let renamed = known.get(name).is_some_and(|value| names.changed.contains_key(value));
+        graph.edits() == 0 || known.contains_key(name) && !renamed
+    };
     proto.value_info = graph.value_info.iter().filter(|info| declared(info.name())).cloned().collect();
     proto
 }
 
-fn node(graph: &Graph, id: NodeId, op: &Op, names: &Names<'_>) -> NodeProto {
+fn node(graph: &Graph, id: NodeId, op: &Op, names: &Names<'_>, around: &HashSet<String>) -> NodeProto {
     let mut proto = op.proto.clone();
     proto.input = graph.operands(id).into_iter().map(|value| value.map_or_else(String::new, |v| names.of(v))).collect();
     proto.output = (0..graph.output_count(id)).map(|slot| names.of(id.at(slot))).collect();
     let captured = graph.captures(id).into_iter().map(|(i, value)| (i, names.of(value))).collect();
     for body in &op.bodies {
-        let message = self::graph(&body.graph, &captured);
+        let message = self::graph(&body.graph, &captured, around);
         let Some(attribute) = proto.attribute.iter_mut().find(|a| a.name() == body.attribute) else { continue };
         match body.index {
             None => attribute.g = Some(message),
@@ -85,31 +94,25 @@ fn node(graph: &Graph, id: NodeId, op: &Op, names: &Names<'_>) -> NodeProto {
 }
 
 /// What the values of a graph are called in the file: their own names, but captured values have those of the outer
-/// graph, and a value that would hide one of these gets another.
+/// graph, and a value that would hide one around it gets another.
 struct Names<'a> {
     graph: &'a Graph,
     changed: HashMap<Outlet, String>,
 }
 
 impl<'a> Names<'a> {
-    fn new(graph: &'a Graph, outer: &BTreeMap<u32, String>) -> Self {
+    fn new(graph: &'a Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>) -> Self {
         let mut changed = HashMap::new();
-        let captured: HashSet<&String> = outer.values().collect();
         for id in graph.node_ids() {
-            match graph.kind(id) {
-                Kind::Capture(i) => {
-                    if let Some(name) = outer.get(i) {
-                        changed.insert(id.out(), name.clone());
-                    }
-                }
-                _ => {
-                    for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
-                        let name = graph.name(value);
-                        if captured.contains(&name.to_owned()) {
-                            let taken = |n: &str| graph.names().contains(n) || captured.contains(&n.to_owned());
-                            changed.insert(value, fresh(name, taken));
-                        }
-                    }
+            if let Kind::Capture(i) = graph.kind(id) {
+                changed.extend(outer.get(i).map(|name| (id.out(), name.clone())));
+                continue;
+            }
+            for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
+                let name = graph.name(value);
+                if around.contains(name) {
+                    let taken = |n: &str| graph.names().contains(n) || around.contains(n);
+                    changed.insert(value, fresh(name, taken));
                 }
             }
         }

@@ -25,7 +25,7 @@ impl Graph {
     /// Adds a node as a file has it: with these names, at this place.
     pub(crate) fn add_node(&mut self, kind: Kind, outputs: Vec<String>, position: u64) -> NodeId {
         self.names.extend(outputs.iter().filter(|name| !name.is_empty()).cloned());
-        NodeId(self.dag.add_node(Node { kind, outputs, position }))
+        NodeId(self.dag.add_node(Node { kind, outputs, position, gone: false }))
     }
 
     /// Wires `value` into `inlet` of `node`, which is free.
@@ -293,10 +293,63 @@ impl Graph {
             let lost: u64 = self.op(node).map_or(0, |op| op.bodies.iter().map(|body| body.graph.edits()).sum::<u64>());
             self.edits += 1 + lost;
             self.inputs.retain(|input| input.node != node);
-            self.dag.remove_node(node.0);
+            self.retire(node);
             swept += 1;
         }
         swept
+    }
+
+    /// Removes `node`, which nothing reads, but keeps its id from being given again.
+    fn retire(&mut self, node: NodeId) {
+        let wires: Vec<_> = self.dag.edges_directed(node.0, Direction::Incoming).map(|edge| edge.id()).collect();
+        for wire in wires {
+            self.dag.remove_edge(wire);
+        }
+        self.dag[node.0] = Node { kind: Kind::Input, outputs: Vec::new(), position: 0, gone: true };
+    }
+
+    /// Frees the ids of removed nodes, in bodies too: what is known of the graph by id is known no longer.
+    pub(crate) fn purge(&mut self) {
+        self.dag.retain_nodes(|dag, id| !dag[id].gone);
+        for node in self.dag.node_weights_mut() {
+            if let Kind::Op(op) = &mut node.kind {
+                op.bodies.iter_mut().for_each(|body| body.graph.purge());
+            }
+        }
+    }
+
+    /// Forgets what the file declares of `value`, which no longer holds.
+    pub fn forget_info(&mut self, value: Outlet) {
+        let name = self.name(value).to_owned();
+        self.edits += 1;
+        self.value_info.retain(|info| info.name() != name);
+    }
+
+    /// Has whatever reads the one result of `node` read `value`, which is the same, and removes `node`. `None`, and nothing
+    /// done, where the result is an output whose name `value` can't take.
+    pub fn bypass(&mut self, node: NodeId, value: Outlet) -> Option<()> {
+        if self.is_output(node.out()) && !self.can_take_name(value) {
+            return None;
+        }
+        self.replace_uses(node.out(), value);
+        self.sweep(node);
+        Some(())
+    }
+
+    /// Has `node` read `operands`, and nothing else.
+    pub fn set_operands(&mut self, node: NodeId, operands: &[Outlet]) {
+        self.edits += 1;
+        let slots = |inlet: &Inlet| matches!(inlet, Inlet::Slot(_));
+        let wires = self.dag.edges_directed(node.0, Direction::Incoming).filter(|edge| slots(&edge.weight().to));
+        for wire in wires.map(|edge| edge.id()).collect::<Vec<_>>() {
+            self.dag.remove_edge(wire);
+        }
+        for (slot, &operand) in (0..).zip(operands) {
+            self.wire(operand, node, Inlet::Slot(slot));
+        }
+        if let Kind::Op(op) = &mut self.dag[node.0].kind {
+            op.arity = operands.len();
+        }
     }
 
     /// Has no constant keep its data in another file.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::{Graph, Inlet, Kind, NodeId, Outlet, fresh};
+use super::{Graph, Inlet, Kind, NodeId, Outlet};
 
 impl Graph {
     /// Has the nodes of body `index` of `node`, which has no inputs of its own, compute in this graph what the node computes,
@@ -16,9 +16,6 @@ impl Graph {
         if annotated || !body.inputs.is_empty() || body.outputs.len() < results as usize {
             return None;
         }
-        // Names in the bodies of other nodes may not be those of values around them.
-        let mut hidden = HashSet::new();
-        self.bodies().filter(|&(holder, _)| holder != node).for_each(|(_, other)| other.graph.all_names(&mut hidden));
         let mut kept = HashSet::new();
         let captured = self.captures(node);
         let mut copies: BTreeMap<Outlet, Outlet> = BTreeMap::new();
@@ -29,8 +26,7 @@ impl Graph {
             }
             let mut names = Vec::new();
             for old in (0..body.output_count(id)).map(|slot| body.name(id.at(slot))) {
-                let taken = |name: &str| self.names.contains(name) || hidden.contains(name);
-                let name = if old.is_empty() { String::new() } else { fresh(old, taken) };
+                let name = if old.is_empty() { String::new() } else { self.fresh_name(old) };
                 kept.extend((name == old).then(|| name.clone()));
                 names.push(name);
             }
@@ -54,11 +50,5 @@ impl Graph {
         // What the other bodies captured may be dead now.
         self.sweep(node);
         Some(())
-    }
-
-    /// Adds the names of all values of the graph and of the bodies in it to `names`.
-    fn all_names(&self, names: &mut HashSet<String>) {
-        names.extend(self.dag.node_weights().flat_map(|node| node.outputs.iter().cloned()));
-        self.bodies().for_each(|(_, body)| body.graph.all_names(names));
     }
 }

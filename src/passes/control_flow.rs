@@ -55,11 +55,13 @@ fn sink(graph: &mut Graph, node: NodeId) -> Option<()> {
     for (i, value) in graph.captures(node) {
         let alone = graph.uses(value).len() == 1 && !graph.is_output(value) && !graph.is_pinned(value);
         let Some(weight) = graph.weight(value).filter(|_| alone).cloned() else { continue };
-        let captures = |kind: &Kind| matches!(kind, Kind::Capture(j) if *j == i);
-        let place = |body: &Graph| body.node_ids().find(|&id| captures(body.kind(id)) && !body.is_output(id.out()));
+        let place = |body: &Graph| body.node_ids().find(|&id| matches!(body.kind(id), Kind::Capture(j) if *j == i));
         let places: Vec<_> = graph.op(node)?.bodies.iter().map(|body| place(&body.graph)).collect();
         let mut readers = places.iter().enumerate().filter_map(|(body, place)| Some((body, (*place)?)));
         let (Some((body, place)), None) = (readers.next(), readers.next()) else { continue };
+        if graph.op(node)?.bodies[body].graph.is_output(place.out()) {
+            continue;
+        }
         graph.bodies_mut(node)[body].graph.settle(place, weight);
         graph.drop_capture(node, i);
         graph.sweep(value.node);

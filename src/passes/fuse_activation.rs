@@ -1,8 +1,9 @@
 //! See [`FuseActivation`].
 
 use crate::{
+    analysis::shapes::Shapes,
     ir::{DType, Graph, NodeId, Op, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, rewrite},
+    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Spell activations that exporters took apart with the fewest operators of the model's own opset.
@@ -26,12 +27,14 @@ impl Declare for FuseActivation {
 
 impl Pass for FuseActivation {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let rule = |graph: &mut Graph, node| {
+        let rule = |graph: &mut Graph, shapes: &Shapes, node: NodeId| {
+            // A list of one number makes a list of one of a single number.
+            shapes.rank(node.out()).filter(|&rank| rank > 0)?;
             // What the first makes, the second may take up.
             let (sigmoid, swish) = (hard_sigmoid(graph, node), hard_swish(graph, node));
             sigmoid.or(swish).or_else(|| gelu(graph, node)).or_else(|| mish(graph, node))
         };
-        cx.add("activations fused", rewrite(graph, rule));
+        cx.add("activations fused", rewrite_shaped(graph, &rule));
         Ok(())
     }
 }

@@ -2,16 +2,17 @@
 
 use super::layer::{Layer, is_finite};
 use crate::{
+    analysis::shapes::Shapes,
     eval,
     ir::{DType, Graph, NodeId, Op, Outlet, Weight},
-    pass::{Context, Declare, Fidelity, Pass, rewrite},
+    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Fold `Mul`, `Div`, `Add` and `Sub` by constants into the `Conv`, `ConvTranspose`, `Gemm` or `MatMul` before or after them,
 /// and into each other.
 ///
 /// a·(W·x + b) + c is one layer with weight a·W and bias a·b + c; W·(a·x + c) + b is one with weight W·a and bias W·c + b.
-/// Two sums, or two products, by constants are one.
+/// Two sums, or two products, by constants are one, and a sum with zero is none.
 ///
 /// Applies when: the constants are one number or one for each channel, nothing else reads what is in between, and the
 /// layer's weight has no other reader where it changes. A sum before a convolution that pads stays: what it pads with is
@@ -29,10 +30,12 @@ impl Declare for FuseAffine {
 
 impl Pass for FuseAffine {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let rule =
-            |graph: &mut Graph, node| after(graph, node).or_else(|| before(graph, node)).or_else(|| merge(graph, node));
+        let rule = |graph: &mut Graph, shapes: &Shapes, node| {
+            let fused = after(graph, node).or_else(|| before(graph, shapes, node)).or_else(|| merge(graph, node));
+            fused.or_else(|| zero(graph, shapes, node))
+        };
         // Each rewrite removes an operator, and may bring the next one beside a layer.
-        let rounds = std::iter::repeat_with(|| rewrite(graph, rule));
+        let rounds = std::iter::repeat_with(|| rewrite_shaped(graph, &rule));
         let fused = rounds.take_while(|&fused| fused > 0).sum();
         cx.add("operators fused", fused);
         Ok(())
@@ -165,8 +168,12 @@ fn after(graph: &mut Graph, node: NodeId) -> Option<()> {
 }
 
 /// Folds the affine operator at `node` into the layer that alone reads its result.
-fn before(graph: &mut Graph, node: NodeId) -> Option<()> {
+fn before(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    // The constant must not widen the operand.
     let affine = Affine::of(graph, node)?;
+    if affine.rank > 0 && shapes.rank(affine.x)? < affine.rank {
+        return None;
+    }
     let (reader, 0) = graph.sole_use(node.out()).filter(|_| !graph.is_pinned(node.out()))? else { return None };
     let layer = Layer::of(graph, reader)?;
     let op = graph.op(reader)?;
@@ -188,6 +195,15 @@ fn before(graph: &mut Graph, node: NodeId) -> Option<()> {
     graph.set_operand(reader, 0, Some(affine.x));
     graph.sweep(node);
     Some(())
+}
+
+/// Removes the sum with zero at `node`, which changes at most the sign of a zero.
+fn zero(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    graph.op_of(node, "Add").filter(|_| graph.opset() >= 7 && !graph.is_pinned(node.out()))?;
+    let (x, constant, _) = with_constant(graph, node)?;
+    let zeros = graph.constant(constant)?.f64s()?.iter().all(|&v| v == 0.0);
+    let same = zeros && shapes.dims(x)? == shapes.dims(node.out())?;
+    same.then(|| graph.bypass(node, x))?
 }
 
 /// Merges the sum or product by a constant at `node` with the one that makes its operand.

@@ -1,7 +1,7 @@
 //! See [`FuseElementwise`].
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::{never_negative, shapes::Shapes},
     ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
@@ -31,8 +31,6 @@ impl Pass for FuseElementwise {
     }
 }
 
-/// Results of these are never below zero.
-const NOT_NEGATIVE: &[&str] = &["Relu", "Abs", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Sqrt"];
 /// Results of these are whole.
 const WHOLE: &[&str] = &["Floor", "Ceil", "Round", "Sign"];
 
@@ -41,25 +39,15 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let (second, first) = (graph.op(node)?.standard()?, graph.op(middle.node)?.standard()?);
     let source = graph.operand(middle.node, 0)?;
     match (first, second) {
-        ("Neg", "Neg") | ("Not", "Not") => bypass(graph, node, source),
-        (first, "Relu" | "Abs") if NOT_NEGATIVE.contains(&first) => bypass(graph, node, middle),
-        (first, "Floor" | "Ceil" | "Round") if WHOLE.contains(&first) => bypass(graph, node, middle),
-        ("Sign", "Sign") => bypass(graph, node, middle),
+        ("Neg", "Neg") | ("Not", "Not") => graph.bypass(node, source),
+        (first, "Relu" | "Abs") if never_negative(first) => graph.bypass(node, middle),
+        (first, "Floor" | "Ceil" | "Round") if WHOLE.contains(&first) => graph.bypass(node, middle),
+        ("Sign", "Sign") => graph.bypass(node, middle),
         ("Neg" | "Abs", "Abs") => skip(graph, node, middle, source),
         ("Cast", "Cast") => cast(graph, shapes, node, middle, source),
         ("Clip" | "Relu", "Clip" | "Relu") => clip(graph, shapes, node, middle, source),
         _ => None,
     }
-}
-
-/// Has whatever reads the result of `node` read `value`, which is the same.
-fn bypass(graph: &mut Graph, node: NodeId, value: Outlet) -> Option<()> {
-    if graph.is_output(node.out()) && !graph.can_take_name(value) {
-        return None;
-    }
-    graph.replace_uses(node.out(), value);
-    graph.sweep(node);
-    Some(())
 }
 
 /// Has `node` read `source`, and not `middle`, if that goes then.
@@ -78,7 +66,7 @@ fn cast(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source
         return None;
     }
     if from == to {
-        return bypass(graph, node, source);
+        return graph.bypass(node, source);
     }
     skip(graph, node, middle, source)
 }
@@ -126,7 +114,7 @@ fn clip(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source
         return None;
     }
     if after_low <= low && after_high >= high {
-        return bypass(graph, node, middle);
+        return graph.bypass(node, middle);
     }
     graph.sole_use(middle).filter(|_| !graph.is_pinned(middle))?;
     let (least, most) = (low.clamp(after_low, after_high), high.clamp(after_low, after_high));

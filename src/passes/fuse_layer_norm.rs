@@ -40,13 +40,10 @@ fn pair(graph: &Graph, value: Outlet, op: &str) -> Option<(Outlet, Outlet)> {
 
 /// What is averaged in `value`, and the first of the last axes over which it is.
 fn mean(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<(Outlet, usize)> {
-    let op = graph.op_of(value.node, "ReduceMean").filter(|op| op.int("keepdims").unwrap_or(1) == 1)?;
+    graph.op_of(value.node, "ReduceMean").filter(|op| op.int("keepdims").unwrap_or(1) == 1)?;
     let x = graph.operand(value.node, 0)?;
     let rank = shapes.rank(x)?;
-    let axes = match graph.operand(value.node, 1) {
-        Some(axes) => shapes.integers(axes)?,
-        None => op.ints("axes")?.to_vec(),
-    };
+    let axes = shapes.argument(graph, value.node, "axes", 1)?;
     let mut axes: Vec<usize> = axes.into_iter().map(|a| axis(a, rank)).collect::<Option<_>>()?;
     axes.sort_unstable();
     let first = *axes.first()?;

@@ -73,16 +73,6 @@ impl Chain {
         (!graph.is_pinned(second.out())).then_some(Self { kinds, first: middle.node, second, source, alone })
     }
 
-    /// Has whatever reads the result of the second read what the first reads, which is the same.
-    fn cancel(&self, graph: &mut Graph) -> Option<()> {
-        if graph.is_output(self.second.out()) && !graph.can_take_name(self.source) {
-            return None;
-        }
-        graph.replace_uses(self.second.out(), self.source);
-        graph.sweep(self.second);
-        Some(())
-    }
-
     /// Has the second read what the first reads.
     fn skip(&self, graph: &mut Graph) {
         graph.exchange_operand(self.second, 0, Some(self.source));
@@ -96,7 +86,7 @@ fn transpose(graph: &mut Graph, chain: &Chain) -> Option<()> {
     let (before, after) = (perm(chain.first)?, perm(chain.second)?);
     let both: Vec<i64> = after.iter().map(|&axis| before.get(axis).map(|&axis| axis as i64)).collect::<Option<_>>()?;
     if both.iter().copied().eq(0..before.len() as i64) {
-        return chain.cancel(graph);
+        return graph.bypass(chain.second, chain.source);
     }
     if !chain.alone {
         return None;
@@ -108,10 +98,7 @@ fn transpose(graph: &mut Graph, chain: &Chain) -> Option<()> {
 
 /// A `Reshape` to a shape that does not ask for the extents of its operand reads what the first one reads.
 fn reshape(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
-    let target = match graph.operand(chain.second, 1) {
-        Some(shape) => shapes.integers(shape)?,
-        None => graph.op(chain.second)?.ints("shape")?.to_vec(),
-    };
+    let target = shapes.argument(graph, chain.second, "shape", 1)?;
     if target.contains(&0) || !chain.alone {
         return None;
     }
@@ -122,10 +109,7 @@ fn reshape(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
 /// The axes of a `Squeeze` or `Unsqueeze`, counted from the front of the longer of its operand and its result.
 fn axes(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Vec<usize>> {
     let op = graph.op(node)?;
-    let axes = match graph.operand(node, 1) {
-        Some(axes) => shapes.integers(axes)?,
-        None => op.ints("axes")?.to_vec(),
-    };
+    let axes = shapes.argument(graph, node, "axes", 1)?;
     let longer = if op.is("Squeeze") { graph.operand(node, 0)? } else { node.out() };
     // The rank matters only where an axis is counted from the back.
     let rank = if axes.iter().all(|&axis| axis >= 0) { usize::MAX } else { shapes.rank(longer)? };
@@ -141,7 +125,9 @@ fn axes(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Vec<usize>> {
 fn squeeze(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     let (before, after) = (axes(graph, shapes, chain.first)?, axes(graph, shapes, chain.second)?);
     let both = match chain.kinds {
-        (first, second) if first != second => return (before == after).then(|| chain.cancel(graph))?,
+        (first, second) if first != second => {
+            return (before == after).then(|| graph.bypass(chain.second, chain.source))?;
+        }
         // Where the second counts, the axes of the first are there already.
         ("Unsqueeze", _) => {
             let mut longer = after.clone();
@@ -207,7 +193,7 @@ fn pick(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
 /// What a `Slice` takes: starts, ends, axes and steps.
 fn slices(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<[Vec<i64>; 4]> {
     let rank = shapes.rank(graph.operand(node, 0)?)?;
-    let given = |slot: u32| graph.operand(node, slot).map(|value| shapes.integers(value));
+    let given = |slot: u32| graph.operand(node, slot).map(|_| shapes.argument(graph, node, "", slot));
     let (starts, ends) = (given(1)??, given(2)??);
     let axes = given(3).unwrap_or_else(|| Some((0..starts.len() as i64).collect()))?;
     let axes: Vec<i64> = axes.into_iter().map(|a| axis(a, rank).map(|a| a as i64)).collect::<Option<_>>()?;
@@ -234,25 +220,36 @@ fn slice(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     Some(())
 }
 
-/// Takes up the operands of each `Concat` along the same axis that nothing but the one at `node` reads.
+/// Takes up the operands of each `Concat` along the same axis that is read by nothing but the one at `node`, and of those in
+/// it; a `Concat` that another one takes up is left to that.
 fn concat(graph: &mut Graph, node: NodeId) -> Option<()> {
     let at = graph.op(node)?.int("axis")?;
-    let operands: Vec<Outlet> = graph.operands(node).into_iter().collect::<Option<_>>()?;
-    let inner = |value: Outlet| {
-        let same = graph.op_of(value.node, "Concat")?.int("axis") == Some(at);
-        graph.sole_use(value).filter(|_| same && !graph.is_pinned(value))?;
-        graph.operands(value.node).into_iter().collect::<Option<Vec<_>>>()
+    let is_taken_up = |value: Outlet| {
+        let reader = graph.sole_use(value).filter(|_| !graph.is_pinned(value)).map(|(reader, _)| reader);
+        reader.and_then(|reader| graph.op_of(reader, "Concat")).is_some_and(|op| op.int("axis") == Some(at))
     };
-    let found: Vec<_> = operands.iter().map(|&value| inner(value).ok_or(value)).collect();
-    if found.iter().all(Result::is_err) {
+    if is_taken_up(node.out()) {
         return None;
     }
-    let taken: Vec<_> = found.into_iter().flat_map(|part| part.unwrap_or_else(|value| vec![value])).collect();
-    for (slot, value) in (0..).zip(taken) {
-        graph.set_operand(node, slot, Some(value));
+    let operands = |node: NodeId| graph.operands(node).into_iter().collect::<Option<Vec<Outlet>>>();
+    let (own, mut taken, mut all) = (operands(node)?, Vec::new(), Vec::new());
+    let mut stack: Vec<_> = own.iter().rev().copied().collect();
+    while let Some(value) = stack.pop() {
+        let same = graph.op_of(value.node, "Concat").is_some_and(|op| op.int("axis") == Some(at)) && is_taken_up(value);
+        match operands(value.node).filter(|_| same) {
+            Some(inner) => {
+                stack.extend(inner.into_iter().rev());
+                taken.push(value.node);
+            }
+            None => all.push(value),
+        }
     }
-    for value in operands {
-        graph.sweep(value.node);
+    if taken.is_empty() {
+        return None;
+    }
+    graph.set_operands(node, &all);
+    for node in taken {
+        graph.sweep(node);
     }
     Some(())
 }

@@ -1,8 +1,9 @@
 //! See [`FusePad`].
 
 use crate::{
+    analysis::never_negative,
     eval::axis,
-    ir::{Graph, NodeId, Outlet},
+    ir::{Graph, NodeId, Op, Outlet},
     pass::{Context, Declare, Fidelity, Pass, rewrite},
 };
 
@@ -113,7 +114,9 @@ fn fuse(graph: &mut Graph, node: NodeId) -> Option<()> {
     let counts = op.int("count_include_pad") == Some(1);
     let fits = match (kind, border) {
         ("Conv", Border::Number(number)) => number == 0.0,
-        ("AveragePool", Border::Number(number)) => number == 0.0 && (no_own || counts) && reaches_inside,
+        ("AveragePool", Border::Number(number)) => {
+            number == 0.0 && (no_own || counts) && reaches_inside && graph.opset() >= 7
+        }
         ("MaxPool", Border::Edge) => reaches_inside && no_own,
         ("MaxPool", Border::Number(number)) => {
             let least = number == f64::NEG_INFINITY || number == 0.0 && is_never_negative(graph, source);
@@ -132,12 +135,14 @@ fn fuse(graph: &mut Graph, node: NodeId) -> Option<()> {
         }
     });
     graph.set_operand(reader, 0, Some(source));
+    if reader != node {
+        graph.forget_info(reader.out());
+    }
     graph.sweep(pad);
     Some(())
 }
 
 /// Whether no element of `value` is below zero.
 fn is_never_negative(graph: &Graph, value: Outlet) -> bool {
-    let never = ["Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp", "Sqrt", "Softplus"];
-    graph.op(value.node).and_then(|op| op.standard()).is_some_and(|op| never.contains(&op))
+    graph.op(value.node).and_then(Op::standard).is_some_and(never_negative)
 }

@@ -43,12 +43,7 @@ fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     if graph.is_pinned(output) {
         return None;
     }
-    if graph.is_output(output) && !graph.can_take_name(input) {
-        return None;
-    }
-    graph.replace_uses(output, input);
-    graph.sweep(node);
-    Some(())
+    graph.bypass(node, input)
 }
 
 /// The operand that `node` passes on unchanged since the other one is a constant of zeros, ones or the like.
@@ -60,6 +55,8 @@ fn neutral(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Outlet> {
         "Mul" | "Div" | "Pow" | "And" => 1.0,
         _ => return None,
     };
+    // Zero takes the sign off a zero that it is added to.
+    let signed = |zero: f64| op != "Add" || zero.is_sign_negative();
     let is_neutral = |value: Outlet, other: Outlet| {
         let constant = graph.constant(value)?;
         let dims = shapes.dims(other)?;
@@ -72,7 +69,7 @@ fn neutral(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Outlet> {
             return None;
         }
         let all = match (constant.f64s(), constant.i64s()) {
-            (Some(values), _) => values.iter().all(|&v| v == wanted),
+            (Some(values), _) => values.iter().all(|&v| v == wanted && signed(v)),
             (None, Some(values)) => values.iter().all(|&v| v as f64 == wanted),
             _ => false,
         };
@@ -99,13 +96,9 @@ fn resizes_nothing(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<bool>
 
 /// Whether the slice at `node` runs from the first element to one that no extent reaches.
 fn takes_all(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<bool> {
-    let op = graph.op(node)?;
-    let given = |attribute: &str, slot: u32| match graph.operand(node, slot) {
-        Some(value) => shapes.integers(value),
-        None => op.ints(attribute).map(<[i64]>::to_vec),
-    };
+    let given = |attribute: &str, slot: u32| shapes.argument(graph, node, attribute, slot);
     let ends = given("ends", 2)?;
-    let steps = graph.operand(node, 4).map_or_else(|| Some(vec![1]), |steps| shapes.integers(steps))?;
+    let steps = if graph.operand(node, 4).is_some() { given("steps", 4)? } else { vec![1] };
     let all = |values: &[i64], wanted: fn(i64) -> bool| values.iter().all(|&value| wanted(value));
     Some(
         all(&given("starts", 1)?, |start| start == 0)
@@ -135,7 +128,7 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
         "Transpose" => op.ints("perm")?.iter().copied().eq(0..op.ints("perm")?.len() as i64),
         "Concat" | "Sum" | "Max" | "Min" | "Mean" => graph.operands(node).len() == 1,
         "Split" => graph.output_count(node) == 1,
-        "Tile" if graph.opset() >= 6 => shapes.integers(graph.operand(node, 1)?)?.iter().all(|&times| times == 1),
+        "Tile" if graph.opset() >= 6 => shapes.argument(graph, node, "repeats", 1)?.iter().all(|&times| times == 1),
         "Resize" => resizes_nothing(graph, shapes, node)?,
         "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => same_shape()?,
         "Expand" => {

@@ -44,7 +44,8 @@ impl Rule<'_> {
                 Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
             "Dropout" => {
-                let mask = Fact { dtype: Some(DType::Bool), dims: x.dims.clone(), ints: None };
+                let truth = Some(DType::Bool).filter(|_| self.opset >= 10);
+                let mask = Fact { dtype: truth, dims: x.dims.clone(), ints: None };
                 Some(vec![Fact { ints: None, ..x.clone() }, mask])
             }
             "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Mod" | "PRelu" | "And" | "Or" | "Xor" | "Sum" => {
@@ -195,8 +196,9 @@ impl Rule<'_> {
                     if stride == 1 && (auto.starts_with("SAME") || pad == span - 1) {
                         return Some(Some(open));
                     }
-                    let numbers = [stride as i64, pad, span, i64::from(ceil), i64::from(auto.starts_with("SAME"))];
-                    return Some(Some(Term::derived("windows", &numbers, &[open], true)));
+                    // Whether a window counts that starts beyond the input differs between versions.
+                    let numbers = [stride as i64, pad, span, i64::from(auto.starts_with("SAME"))];
+                    return Some((!ceil).then(|| Term::derived("windows", &numbers, &[open], true)));
                 };
                 if auto.starts_with("SAME") {
                     return Some(Some(extent.div_ceil(stride).into()));
@@ -355,8 +357,8 @@ fn fits(value: Term, dtype: Option<DType>) -> bool {
     match (dtype, value.known()) {
         (Some(DType::Int64), _) => true,
         (Some(DType::Int32), Some(value)) => i32::try_from(value).is_ok(),
-        // Extents of tensors that fit in memory are small enough.
-        (Some(DType::Int32), None) => value.is_extent(),
+        // Extents of tensors that fit in memory are small enough, multiples of them may not be.
+        (Some(DType::Int32), None) => value.is_extent() && value.is_plain(),
         (Some(DType::Bool), Some(value)) => value == 0 || value == 1,
         _ => false,
     }

@@ -10,8 +10,8 @@ use xxhash_rust::xxh3::xxh3_64;
 pub struct Term {
     factor: i64,
     unknown: u64,
-    /// Whether every unknown factor is an extent, which is never below zero.
-    extents: bool,
+    /// Whether no unknown factor is below zero: extents never are.
+    not_negative: bool,
 }
 
 impl Term {
@@ -21,12 +21,12 @@ impl Term {
     /// A number.
     #[must_use]
     pub const fn number(number: i64) -> Self {
-        Self { factor: number, unknown: 0, extents: true }
+        Self { factor: number, unknown: 0, not_negative: true }
     }
 
     /// An unknown number: two are the same if `what` they are is.
     pub(super) fn unknown(what: &[u8], is_extent: bool) -> Self {
-        Self { factor: 1, unknown: xxh3_64(what).max(1), extents: is_extent }
+        Self { factor: 1, unknown: xxh3_64(what).max(1), not_negative: is_extent }
     }
 
     /// What some operation that these `numbers` describe makes of `terms`, which are not all known.
@@ -49,15 +49,20 @@ impl Term {
         usize::try_from(self.known()?).ok()
     }
 
+    /// Whether it is no multiple.
+    pub(super) fn is_plain(self) -> bool {
+        self.factor == 1
+    }
+
     /// Whether it is known not to be below zero.
     pub(super) fn is_extent(self) -> bool {
-        self.extents && self.factor >= 0
+        self.not_negative && self.factor >= 0
     }
 
     pub(super) fn times(self, other: Self) -> Option<Self> {
         let factor = self.factor.checked_mul(other.factor)?;
         let unknown = if factor == 0 { 0 } else { self.unknown.wrapping_add(other.unknown) };
-        Some(Self { factor, unknown, extents: self.extents && other.extents })
+        Some(Self { factor, unknown, not_negative: self.not_negative && other.not_negative })
     }
 
     /// The quotient by a divisor that is not zero and leaves no remainder.
@@ -65,7 +70,7 @@ impl Term {
         let exact = divisor.factor != 0 && self.factor % divisor.factor == 0;
         let factor = exact.then(|| self.factor / divisor.factor)?;
         let unknown = if factor == 0 { 0 } else { self.unknown.wrapping_sub(divisor.unknown) };
-        Some(Self { factor, unknown, extents: self.extents && divisor.extents })
+        Some(Self { factor, unknown, not_negative: self.not_negative && divisor.not_negative })
     }
 
     pub(super) fn plus(self, other: Self) -> Option<Self> {

@@ -17,6 +17,9 @@ use crate::{
     ir::{Graph, Inlet, NodeId, Outlet},
 };
 
+/// Bytes of a constant that two orders of it may take.
+const SMALL: usize = 1024;
+
 /// More than all `Transpose`s together.
 const NEVER: u32 = u32::MAX / 4;
 
@@ -39,7 +42,7 @@ impl Network {
         self.flow.add_edge(from, to, weight);
     }
 
-    /// One node that costs `weight` if it is turned and one of `readers` is not.
+    /// Adds that a `Transpose` is needed if `of` is turned and one of `readers` is not.
     fn unless_all(&mut self, of: NodeIndex, readers: &[NodeIndex]) {
         let all = self.flow.add_node(());
         self.cost(of, all, 1);
@@ -48,7 +51,7 @@ impl Network {
         }
     }
 
-    /// One node that costs a `Transpose` if it is not turned and one of `readers` is.
+    /// Adds that a `Transpose` is needed if `of` is not turned and one of `readers` is.
     fn if_any(&mut self, of: NodeIndex, readers: &[NodeIndex]) {
         let any = self.flow.add_node(());
         self.cost(any, of, 1);
@@ -88,9 +91,14 @@ pub(super) fn cheapest(
     let mut before = 0;
     for id in graph.node_ids() {
         for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
-            // What can be a constant in either order costs nothing.
-            if graph.constant(value).is_none() && shapes.rank(value) == Some(perm.len()) {
-                before += price(&mut network, graph, perm, turns, &nodes, value);
+            if shapes.rank(value) != Some(perm.len()) {
+                continue;
+            }
+            match graph.constant(value) {
+                None => before += price(&mut network, graph, perm, turns, &nodes, value),
+                // A small constant may be kept in both orders.
+                Some(tensor) if tensor.byte_len() > SMALL => keep(&mut network, graph, turns, &nodes, value),
+                Some(_) => {}
             }
         }
     }
@@ -99,6 +107,27 @@ pub(super) fn cheapest(
         return BTreeSet::new();
     }
     nodes.into_iter().filter(|(_, node)| turned.contains(node)).map(|(id, _)| id).collect()
+}
+
+/// Adds to the network that the constant `value` is better kept in one order: all that read it are turned, or none.
+fn keep(
+    network: &mut Network,
+    graph: &Graph,
+    turns: &BTreeMap<NodeId, Turn>,
+    nodes: &BTreeMap<NodeId, NodeIndex>,
+    value: Outlet,
+) {
+    let (any, all) = (network.flow.add_node(()), network.flow.add_node(()));
+    network.cost(any, all, NEVER);
+    for (reader, inlet) in graph.uses(value) {
+        let turns = |slot: &u32| turns.get(&reader).is_some_and(|turn| turn.turned.contains(slot));
+        let reader = match (nodes.get(&reader), inlet) {
+            (Some(&node), Inlet::Slot(slot)) if turns(&slot) => node,
+            _ => network.sink,
+        };
+        network.cost(reader, any, NEVER);
+        network.cost(all, reader, NEVER);
+    }
 }
 
 /// Adds what `value` costs to the network; answers what it costs as things are.

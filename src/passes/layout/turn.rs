@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::inverse;
 use crate::{
     analysis::{is_broadcasting, is_elementwise, shapes::Shapes},
     eval::axis,
@@ -155,9 +156,7 @@ fn broadcasting(graph: &Graph, shapes: &Shapes, node: NodeId, perm: &[usize]) ->
             Some(weight) => {
                 let mut dims = vec![1; rank.checked_sub(weight.value().dims().len())?];
                 dims.extend(weight.value().dims());
-                let mut back = vec![0; rank];
-                perm.iter().enumerate().for_each(|(k, &axis)| back[axis] = k);
-                turn.given.insert(slot, weight.reshape(&dims)?.permute(&back)?);
+                turn.given.insert(slot, weight.reshape(&dims)?.permute(&inverse(perm))?);
             }
             None if shapes.known(operand).is_some_and(|dims| dims.is_empty()) => {}
             None => return None,
