@@ -209,16 +209,7 @@ impl Damage<'_> {
             .collect();
         match self.below(9) {
             0 => self.splice(graph, other, &names),
-            1 | 2 => {
-                let name = self.pick(&names).cloned();
-                if let (Some(node), Some(name)) = (graph.node.get_mut(node), name) {
-                    let slot = self.below(node.input.len() + 1);
-                    match node.input.get_mut(slot) {
-                        Some(input) => *input = name,
-                        None => node.input.push(name),
-                    }
-                }
-            }
+            1 | 2 => self.rewire(graph, node, &names),
             3 => {
                 let kinds: Vec<_> =
                     other.iter().flat_map(|graph| &graph.node).map(|node| node.op_type.clone()).collect();
@@ -237,19 +228,7 @@ impl Damage<'_> {
                     self.tensor(tensor);
                 }
             }
-            6 => {
-                let input = self.below(graph.input.len() + graph.output.len());
-                let value = graph.input.iter_mut().chain(&mut graph.output).nth(input);
-                let kind = value.and_then(|value| value.r#type.as_mut()).and_then(|kind| kind.value.as_mut());
-                if let Some(type_proto::Value::TensorType(tensor)) = kind
-                    && let Some(shape) = &mut tensor.shape
-                {
-                    let axis = self.below(shape.dim.len());
-                    if let Some(dim) = shape.dim.get_mut(axis) {
-                        dim.value = Some(dimension::Value::DimValue(self.number()));
-                    }
-                }
-            }
+            6 => self.declaration(graph),
             7 => {
                 // An operator as a constant's reader, and a chain of two.
                 if let (Some(copy), Some(name)) = (graph.node.get(node).cloned(), self.pick(&names)) {
@@ -269,6 +248,31 @@ impl Damage<'_> {
                     }
                 }
             }
+        }
+    }
+
+    /// Has the node at `place` read another value.
+    fn rewire(&mut self, graph: &mut GraphProto, place: usize, names: &[String]) {
+        let name = self.pick(names).cloned();
+        if let (Some(node), Some(name)) = (graph.node.get_mut(place), name) {
+            let slot = self.below(node.input.len() + 1);
+            match node.input.get_mut(slot) {
+                Some(input) => *input = name,
+                None => node.input.push(name),
+            }
+        }
+    }
+
+    /// Declares another extent of an input or output.
+    fn declaration(&mut self, graph: &mut GraphProto) {
+        let place = self.below(graph.input.len() + graph.output.len());
+        let value = graph.input.iter_mut().chain(&mut graph.output).nth(place);
+        let kind = value.and_then(|value| value.r#type.as_mut()).and_then(|kind| kind.value.as_mut());
+        let Some(type_proto::Value::TensorType(tensor)) = kind else { return };
+        let Some(shape) = &mut tensor.shape else { return };
+        let axis = self.below(shape.dim.len());
+        if let Some(dim) = shape.dim.get_mut(axis) {
+            dim.value = Some(dimension::Value::DimValue(self.number()));
         }
     }
 
