@@ -64,13 +64,6 @@ impl Layer {
         Some(Self { node, weight, axes, groups, channels, rank, trailing, takes_bias, beta, bias })
     }
 
-    /// The layer with one group and these output and input channels, and the shape of a weight like `dims` then.
-    pub(super) fn resized(self, channels: (usize, usize), dims: &[usize]) -> (Self, Vec<usize>) {
-        let mut dims = dims.to_vec();
-        (dims[self.axes.0], dims[self.axes.1]) = channels;
-        (Self { channels, groups: 1, ..self }, dims)
-    }
-
     /// The weight with each element multiplied by `factor` of its output channel and input channel; `None` where that is
     /// not finite.
     pub(super) fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {

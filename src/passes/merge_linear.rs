@@ -83,31 +83,24 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
         return None;
     }
     let (w, v) = (graph.constant(first.weight)?, graph.constant(second.weight)?);
-    let biased = first.bias.iter().any(|&b| b != 0.0);
-    let (leading, trailing) = (is_pointwise(graph, &first), is_pointwise(graph, &second));
-    if convolutions {
-        let grouped =
-            [first.node, node].iter().any(|&node| graph.op(node).and_then(|op| op.int("group")).unwrap_or(1) != 1);
-        let op = graph.op(node)?;
-        let pads = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
-            || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
-        // What the second pads with is zero, and not the bias of the first.
-        if grouped || !(leading? && !(pads && biased) || trailing?) {
-            return None;
-        }
+    let leading = is_pointwise(graph, &first) == Some(true);
+    if convolutions && !can_merge(graph, &first, &second, leading) {
+        return None;
+    }
+    let (kept, shape_of) = if convolutions && !leading { (first.node, w) } else { (node, v) };
+    let channels = (second.channels.0, first.channels.1);
+    let mut dims = shape_of.dims().to_vec();
+    (dims[second.axes.0], dims[second.axes.1]) = channels;
+    if dims.iter().product::<usize>() > w.len() + v.len() {
+        return None;
     }
     let (before, after) = (kernels(&first, w)?, kernels(&second, v)?);
-    let (kept, shape_of) = if convolutions && leading != Some(true) { (first.node, w) } else { (node, v) };
+    let both = Layer { channels, groups: 1, ..second };
     let merged: Vec<_> = if before.len() == 1 {
         after.iter().map(|after| after * &before[0]).collect()
     } else {
         before.iter().map(|before| &after[0] * before).collect()
     };
-    let channels = (second.channels.0, first.channels.1);
-    let (both, dims) = second.resized(channels, shape_of.dims());
-    if dims.iter().product::<usize>() > w.len() + v.len() {
-        return None;
-    }
     let through = after.iter().fold(DVector::from_column_slice(&both.bias), |sum, after| {
         sum + after * DVector::from_column_slice(&first.bias)
     });
@@ -115,6 +108,17 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     let weight = flatten(&both, &merged, &dims, graph.weight(both.weight)?)?;
     let bias = if bias.iter().any(|&b| b != 0.0) { Some(both.fit_bias(graph, bias)?) } else { None };
     replace(graph, (&first, &both), kept, weight, bias)
+}
+
+/// Whether two convolutions, of which the first may be pointwise, are one.
+fn can_merge(graph: &Graph, first: &Layer, second: &Layer, leading: bool) -> bool {
+    let op = graph.op(second.node);
+    let pads = op.and_then(|op| op.ints("pads")).is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
+        || !matches!(op.and_then(|op| op.string("auto_pad")), None | Some("NOTSET" | "VALID"));
+    let biased = first.bias.iter().any(|&b| b != 0.0);
+    // What the second pads with is zero, and not the bias of the first.
+    let fits = leading && !(pads && biased) || is_pointwise(graph, second) == Some(true);
+    first.groups == 1 && second.groups == 1 && fits
 }
 
 /// Makes the operator at `second` the one of both layers: with the attributes of `kept`, this weight and this bias.
