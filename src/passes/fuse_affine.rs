@@ -182,14 +182,16 @@ fn before(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let padded = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
         || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
     // Outside its kernel, a transposed convolution has no input to add to.
-    let no_sums = padded || op.is("ConvTranspose");
+    let no_sums = padded || op.is("ConvTranspose") || !layer.takes_bias;
     if turned || affine.shift.is_some() && no_sums || graph.is_pinned(layer.weight) {
         return None;
     }
     let (scale, shift) = affine.spread(layer.channels.1, &layer)?;
     let mut bias = layer.bias.clone();
-    for (value, (output, input)) in tensor.f64s()?.iter().zip(layer.channels_of(tensor)) {
-        bias[output] += value * shift[input];
+    if affine.shift.is_some() {
+        for (value, (output, input)) in tensor.f64s()?.iter().zip(layer.channels_of(tensor)) {
+            bias[output] += value * shift[input];
+        }
     }
     write(graph, &layer, &affine, |_, input| scale[input], &bias)?;
     graph.set_operand(reader, 0, Some(affine.x));

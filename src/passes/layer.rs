@@ -1,9 +1,6 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use crate::ir::{
-    Graph, NodeId, Outlet, Tensor, Weight,
-    tensor::{is_float, strides},
-};
+use crate::ir::{Graph, NodeId, Outlet, Tensor, Weight, tensor::is_float};
 
 /// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
 pub(super) struct Layer {
@@ -82,13 +79,15 @@ impl Layer {
 
     /// The output and input channel of each element of the weight.
     pub(super) fn channels_of(&self, weight: &Tensor) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (dims, steps) = (weight.dims().to_vec(), strides(weight.dims()));
-        let ((out_axis, in_axis), groups) = (self.axes, self.groups);
-        (0..weight.len()).map(move |i| {
-            let at = |axis: usize| i / steps[axis] % dims[axis];
-            let group = at(0) / (dims[0] / groups).max(1);
-            let whole = |axis: usize| if axis == 1 { group * dims[1] + at(1) } else { at(0) };
-            (whole(out_axis), whole(in_axis))
+        let (dims, out_axis, groups) = (weight.dims(), self.axes.0, self.groups);
+        let (rows, columns, kernel) = (dims[0], dims[1], dims[2..].iter().product());
+        let rows_of_group = (rows / groups).max(1);
+        (0..rows).flat_map(move |row| {
+            (0..columns).flat_map(move |column| {
+                // The first axis runs over all groups, the second over one.
+                let sides = [row, row / rows_of_group * columns + column];
+                std::iter::repeat_n((sides[out_axis], sides[1 - out_axis]), kernel)
+            })
         })
     }
 }
