@@ -221,6 +221,20 @@ pub fn everywhere(graph: &mut Graph, f: &mut impl FnMut(&mut Graph)) {
     }
 }
 
+/// The operators of `graph` whose bodies a lossy pass may change. Where the error that samples show decides how much it
+/// does, what is inside an `If` stays: samples may never take a branch, and then anything done to it costs nothing.
+pub fn open_to_loss(graph: &Graph, is_fixed: bool, cx: &mut Context) -> Vec<NodeId> {
+    let mut open = graph.holders();
+    open.retain(|&id| {
+        let decides = !is_fixed && graph.op_of(id, "If").is_some();
+        if decides {
+            cx.decline(graph.label(id), "the samples may take one of its branches only");
+        }
+        !decides
+    });
+    open
+}
+
 /// Applies `rule` to every operator of `graph` and of the bodies in it; says how often the rule found work.
 pub fn rewrite(graph: &mut Graph, rule: impl Fn(&mut Graph, NodeId) -> Option<()>) -> usize {
     let mut count = 0;

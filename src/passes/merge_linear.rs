@@ -13,7 +13,7 @@ use crate::{
 /// V·(W·x + b) + c is one layer with weight V·W and bias V·b + c: `Gemm` or `MatMul` after the like, and convolutions of one
 /// group of which one is 1×1.
 ///
-/// Applies when: nothing else reads what is in between, the one weight has no more elements than the two, and where the
+/// Applies when: nothing else reads what is in between, the one weight has no more elements than those of the two that go, and where the
 /// second convolution pads, the first has no bias and neither a stride nor padding.
 ///
 /// Fidelity: rounding; products are summed in double precision and rounded once.
@@ -91,7 +91,9 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     let channels = (second.channels.0, first.channels.1);
     let mut dims = shape_of.dims().to_vec();
     (dims[second.axes.0], dims[second.axes.1]) = channels;
-    if dims.iter().product::<usize>() > w.len() + v.len() {
+    // A weight that something else reads stays beside the merged one.
+    let goes = |value, tensor: &Tensor| if graph.sole_use(value).is_some() { tensor.len() } else { 0 };
+    if dims.iter().product::<usize>() > goes(first.weight, w) + goes(second.weight, v) {
         return None;
     }
     let (before, after) = (kernels(&first, w)?, kernels(&second, v)?);

@@ -9,7 +9,7 @@ use crate::{
         shapes::Shapes,
     },
     ir::{Graph, tensor::strides},
-    pass::{Context, Declare, Fidelity, Pass},
+    pass::{Context, Declare, Fidelity, Pass, open_to_loss},
 };
 
 /// Remove whole channels of `Conv`, `ConvTranspose`, `Gemm` and `MatMul`, and everything that hangs on them.
@@ -142,7 +142,7 @@ impl Prune {
         if !doomed.is_empty() {
             remove(graph, &channels, &doomed.into_keys().collect(), Self::NAME);
         }
-        for id in graph.holders() {
+        for id in open_to_loss(graph, self.is_fixed(), cx) {
             let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
                 op.bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect()
             });

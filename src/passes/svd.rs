@@ -7,7 +7,7 @@ use nalgebra::DMatrix;
 use crate::{
     ir::{Graph, Inlet, NodeId, Op, Outlet},
     linalg::Spectrum,
-    pass::{Context, Declare, Fidelity, Pass, everywhere},
+    pass::{Context, Declare, Fidelity, Pass, open_to_loss},
 };
 
 /// Split the weights of `Gemm` and `MatMul` into two factors of low rank.
@@ -40,17 +40,7 @@ const OVERHEAD: f64 = 200.0;
 
 impl Pass for Svd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        everywhere(graph, &mut |graph| {
-            let nodes = graph.ops();
-            let mut weights: Vec<Outlet> =
-                nodes.iter().filter_map(|&node| Some(Layer::of(graph, node)?.weight)).collect();
-            weights.sort_unstable();
-            weights.dedup();
-            weights.retain(|&w| graph.contains(w.node));
-            for weight in weights {
-                self.split_all(graph, weight, cx);
-            }
-        });
+        self.split_graph(graph, cx);
         Ok(())
     }
 
@@ -110,6 +100,23 @@ fn flips(op: &Op) -> Option<bool> {
 }
 
 impl Svd {
+    /// Splits the weights of `graph`, then those of the bodies in it.
+    fn split_graph(&self, graph: &mut Graph, cx: &mut Context) {
+        let nodes = graph.ops();
+        let mut weights: Vec<Outlet> = nodes.iter().filter_map(|&node| Some(Layer::of(graph, node)?.weight)).collect();
+        weights.sort_unstable();
+        weights.dedup();
+        weights.retain(|&w| graph.contains(w.node));
+        for weight in weights {
+            self.split_all(graph, weight, cx);
+        }
+        for id in open_to_loss(graph, self.is_fixed(), cx) {
+            for body in graph.bodies_mut(id) {
+                self.split_graph(&mut body.graph, cx);
+            }
+        }
+    }
+
     /// Splits `weight` for everything that reads it, or leaves it alone and says why.
     fn split_all(&self, graph: &mut Graph, weight: Outlet, cx: &mut Context) -> Option<()> {
         let name = graph.name(weight).to_owned();

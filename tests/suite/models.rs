@@ -275,3 +275,20 @@ fn what_is_squashed_is_judged_whatever_the_passes_call_it() {
     let difference = report.difference.unwrap();
     assert!(difference.unexercised.contains(&"y".to_owned()) && difference.error < 1e-3, "{difference:?}");
 }
+
+#[test]
+fn a_branch_that_no_sample_takes_is_not_taken_for_free() {
+    let text = "<ir_version: 8, opset_import: [\"\": 17]>\n\
+        g (float[N,64] x, bool fast) => (float[N,8] y)\n\
+        {\n y = If (fast) <then_branch = yes () => (float[N,8] p)\n\
+        <float[64,8] v = normal(1)>\n {\n p = MatMul (x, v)\n }, else_branch = no () => (float[N,8] q)\n\
+        <float[64,64] w = normal(2), float[64,8] u = normal(3)>\n\
+        {\n s = MatMul (x, w)\n r = Relu (s)\n q = MatMul (r, u)\n }>\n}\n";
+    let model = onnx_shrink::text::parse(text).unwrap();
+    let fixed = [("fast".to_owned(), 1.0)].into();
+    let job = Job { request: Request { fixed, ..Request::default() }, ..job("svd,prune", None) };
+    let (small, _) = shrink(&model, &job, &mut |_| {}).unwrap();
+    let elements = |graph: &Graph| -> usize { weights(graph).iter().map(|&w| graph.constant(w).unwrap().len()).sum() };
+    let inside = |model: &Model| model.graph.bodies().map(|(_, body)| elements(&body.graph)).collect::<Vec<_>>();
+    assert_eq!(inside(&small), inside(&model));
+}
