@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::Model;
 use crate::{
     ir::{Graph, Kind, NodeId, Op, Origin, Outlet, fresh},
-    proto::{AttributeProto, GraphProto, ModelProto, NodeProto},
+    proto::{AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoProto},
 };
 
 /// The first IR version in which an initializer need not be listed as an input.
@@ -56,18 +56,8 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>)
             Kind::Op(op) => proto.node.push(node(graph, id, op, &names, &inside)),
         }
     }
-    proto.input = graph.inputs().iter().map(|input| input.info.clone()).collect();
-    proto.output = graph
-        .outputs()
-        .iter()
-        .map(|output| {
-            let mut info = output.info.clone();
-            if info.name() != names.of(output.value) {
-                info.name = Some(names.of(output.value));
-            }
-            info
-        })
-        .collect();
+    proto.input = graph.inputs().iter().map(|input| called(&input.info, names.of(input.node.out()))).collect();
+    proto.output = graph.outputs().iter().map(|output| called(&output.info, names.of(output.value))).collect();
     let known = graph.values();
     let declared = |name: &str| {
         let renamed = known.get(name).is_some_and(|value| names.changed.contains_key(value));
@@ -75,6 +65,15 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>)
     };
     proto.value_info = graph.value_info.iter().filter(|info| declared(info.name())).cloned().collect();
     proto
+}
+
+/// `info` of a value called `name`.
+fn called(info: &ValueInfoProto, name: String) -> ValueInfoProto {
+    let mut info = info.clone();
+    if info.name() != name {
+        info.name = Some(name);
+    }
+    info
 }
 
 fn node(graph: &Graph, id: NodeId, op: &Op, names: &Names<'_>, around: &HashSet<String>) -> NodeProto {
