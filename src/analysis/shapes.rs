@@ -255,18 +255,11 @@ fn scope_of(outer: u64, name: &str, body: usize) -> u64 {
 impl Fact {
     /// What holds whether this is true of a value or `other` is.
     fn or(self, other: &Self) -> Self {
-        let dims = match (self.dims, &other.dims) {
-            (Some(a), Some(b)) if a.len() == b.len() => {
-                Some(a.into_iter().zip(b).map(|(a, b)| a.filter(|_| a == *b)).collect())
-            }
-            _ => None,
+        let both = |a: Option<Vec<Dim>>, b: &Option<Vec<Dim>>| {
+            let (a, b) = a.zip(b.as_ref()).filter(|(a, b)| a.len() == b.len())?;
+            Some(a.into_iter().zip(b).map(|(a, b)| a.filter(|_| a == *b)).collect())
         };
-        let ints = match (self.ints, &other.ints) {
-            (Some(a), Some(b)) if a.len() == b.len() => {
-                Some(a.into_iter().zip(b).map(|(a, b)| a.filter(|_| a == *b)).collect())
-            }
-            _ => None,
-        };
+        let (dims, ints) = (both(self.dims, &other.dims), both(self.ints, &other.ints));
         Self { dtype: self.dtype.filter(|_| self.dtype == other.dtype), dims, ints }
     }
 

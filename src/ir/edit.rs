@@ -336,6 +336,16 @@ impl Graph {
         Some(())
     }
 
+    /// Makes `node` the operator `op` on `operands`; what it read before goes if nothing else reads it.
+    pub fn replace_op(&mut self, node: NodeId, op: Op, operands: &[Outlet]) {
+        let before = self.operands(node);
+        self.edit_op(node, |old| *old = op);
+        self.set_operands(node, operands);
+        for operand in before.into_iter().flatten() {
+            self.sweep(operand.node);
+        }
+    }
+
     /// Has `node` read `operands`, and nothing else.
     pub fn set_operands(&mut self, node: NodeId, operands: &[Outlet]) {
         self.edits += 1;

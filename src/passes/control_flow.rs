@@ -3,7 +3,7 @@
 use crate::{
     analysis::{numbering::Numbering, shapes::Shapes},
     ir::{Graph, Kind, NodeId},
-    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
+    pass::{Context, Declare, Fidelity, Pass, rewrite, rewrite_shaped},
 };
 
 /// Put the branch that an `If` always takes in its place, and constants into the one body that reads them.
@@ -24,7 +24,7 @@ impl Declare for ControlFlow {
 impl Pass for ControlFlow {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         cx.add("branches put in place", rewrite_shaped(graph, &inline));
-        cx.add("constants moved into bodies", rewrite_shaped(graph, &|graph, _, node| sink(graph, node)));
+        cx.add("constants moved into bodies", rewrite(graph, sink));
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    layer::Layer,
+    layer::{Layer, pads},
     surgery::{remove, spare},
 };
 use crate::{
@@ -211,10 +211,8 @@ fn pushed(graph: &Graph, through: &[NodeId], number: f64) -> Option<f64> {
 /// Whether every element of the result of the layer at `node` reads the same elements of the weight.
 fn is_even(graph: &Graph, node: NodeId) -> bool {
     graph.op(node).is_some_and(|op| {
-        let pads = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0));
         let plain = op.float("alpha").unwrap_or(1.0) == 1.0 && op.int("transA").unwrap_or(0) == 0;
-        let explicit = matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
-        !op.is("ConvTranspose") && !pads && plain && explicit
+        !op.is("ConvTranspose") && !pads(op) && plain
     })
 }
 
@@ -223,27 +221,25 @@ fn take_over(graph: &mut Graph, layer: &Layer, through: &[NodeId], idle: &BTreeM
     let weight = graph.weight(layer.weight)?.clone();
     let mut values = weight.value().f64s()?;
     let places: Vec<_> = layer.channels_of(weight.value()).collect();
+    let number = |fate: &Fate| match fate {
+        Fate::Constant(number) => pushed(graph, through, *number),
+        Fate::Like(_) => Some(0.0),
+    };
+    let numbers: BTreeMap<usize, f64> =
+        idle.iter().map(|(&channel, fate)| Some((channel, number(fate)?))).collect::<Option<_>>()?;
     let (mut bias, mut sums) = (layer.bias.clone(), BTreeMap::new());
-    let mut nth: BTreeMap<(usize, usize), usize> = BTreeMap::new();
-    // The elements of a kernel come in the same order for each pair of channels.
-    let ranks: Vec<usize> = places
-        .iter()
-        .map(|&place| {
-            let next = nth.entry(place).or_default();
-            *next += 1;
-            *next
-        })
-        .collect();
-    for ((value, &(output, input)), &rank) in values.iter_mut().zip(&places).zip(&ranks) {
+    // The elements of a kernel follow each other.
+    let kernel: usize = weight.value().dims()[2..].iter().product();
+    for (i, (value, &(output, input))) in values.iter_mut().zip(&places).enumerate() {
         match idle.get(&input) {
-            Some(Fate::Constant(number)) => bias[output] += *value * pushed(graph, through, *number)?,
-            Some(Fate::Like(other)) => *sums.entry((output, *other, rank)).or_insert(0.0) += *value,
+            Some(Fate::Constant(_)) => bias[output] += *value * numbers[&input],
+            Some(Fate::Like(other)) => *sums.entry((output, *other, i % kernel)).or_insert(0.0) += *value,
             None => continue,
         }
         *value = 0.0;
     }
-    for ((value, &(output, input)), &rank) in values.iter_mut().zip(&places).zip(&ranks) {
-        *value += sums.get(&(output, input, rank)).copied().unwrap_or(0.0);
+    for (i, (value, &(output, input))) in values.iter_mut().zip(&places).enumerate() {
+        *value += sums.get(&(output, input, i % kernel)).copied().unwrap_or(0.0);
     }
     let changed = weight.fit(weight.value().dims(), &values)?;
     if changed.value().same(weight.value()) {

@@ -188,7 +188,7 @@ fn gelu(graph: &mut Graph, node: NodeId) -> Option<()> {
     if approximates {
         op = op.with_string("approximate", "tanh");
     }
-    become_unary(graph, node, x, op);
+    graph.replace_op(node, op, &[x]);
     Some(())
 }
 
@@ -235,17 +235,6 @@ fn mish(graph: &mut Graph, node: NodeId) -> Option<()> {
     };
     let x = gates(b, a).or_else(|| gates(a, b))?;
     let op = Op::new("Mish").named(graph.op(node)?.name());
-    become_unary(graph, node, x, op);
+    graph.replace_op(node, op, &[x]);
     Some(())
-}
-
-/// Makes `node` the operator `op` on `x`.
-fn become_unary(graph: &mut Graph, node: NodeId, x: Outlet, op: Op) {
-    let before = graph.operands(node);
-    graph.set_operand(node, 1, None);
-    graph.set_operand(node, 0, Some(x));
-    graph.edit_op(node, |old| *old = Op { arity: old.arity, ..op });
-    for operand in before.into_iter().flatten() {
-        graph.sweep(operand.node);
-    }
 }

@@ -1,6 +1,6 @@
 //! See [`FuseAffine`].
 
-use super::layer::{Layer, is_finite};
+use super::layer::{Layer, is_finite, pads};
 use crate::{
     analysis::shapes::Shapes,
     eval,
@@ -179,10 +179,8 @@ fn before(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let op = graph.op(reader)?;
     let tensor = graph.constant(layer.weight)?;
     let turned = op.is("Gemm") && (op.int("transA") == Some(1) || op.float("alpha").is_some());
-    let padded = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
-        || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"));
     // Outside its kernel, a transposed convolution has no input to add to.
-    let no_sums = padded || op.is("ConvTranspose") || !layer.takes_bias;
+    let no_sums = pads(op) || op.is("ConvTranspose") || !layer.takes_bias;
     if turned || affine.shift.is_some() && no_sums || graph.is_pinned(layer.weight) {
         return None;
     }

@@ -115,13 +115,7 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let name = graph.op(last)?.name().to_owned();
     let op = Op::new("LayerNormalization").with_int("axis", first as i64 - rank as i64);
     let op = op.with_float("epsilon", epsilon as f32).named(&name);
-    let before = graph.operands(last);
-    for (slot, operand) in (0..).zip([Some(x), Some(scale), bias]) {
-        graph.set_operand(last, slot, operand);
-    }
-    graph.edit_op(last, |old| *old = Op { arity: old.arity, ..op });
-    for operand in before.into_iter().flatten() {
-        graph.sweep(operand.node);
-    }
+    let operands: Vec<_> = [x, scale].into_iter().chain(bias).collect();
+    graph.replace_op(last, op, &operands);
     Some(())
 }

@@ -124,37 +124,17 @@ fn axes(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Vec<usize>> {
 
 fn squeeze(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     let (before, after) = (axes(graph, shapes, chain.first)?, axes(graph, shapes, chain.second)?);
-    let both = match chain.kinds {
-        (first, second) if first != second => {
-            return (before == after).then(|| graph.bypass(chain.second, chain.source))?;
-        }
-        // Where the second counts, the axes of the first are there already.
-        ("Unsqueeze", _) => {
-            let mut longer = after.clone();
-            let mut free = (0..).filter(|axis| !after.contains(axis));
-            let mut next = 0;
-            for &axis in &before {
-                longer.push(free.by_ref().nth(axis - next)?);
-                next = axis + 1;
-            }
-            longer
-        }
-        // Where the second counts, the axes of the first are gone.
-        _ => {
-            let mut kept = (0..).filter(|axis| !before.contains(axis));
-            let mut longer = before.clone();
-            let mut next = 0;
-            for &axis in &after {
-                longer.push(kept.by_ref().nth(axis - next)?);
-                next = axis + 1;
-            }
-            longer
-        }
-    };
+    if chain.kinds.0 != chain.kinds.1 {
+        return (before == after).then(|| graph.bypass(chain.second, chain.source))?;
+    }
+    // Where the second counts, what the first unsqueezes is there already, and what it squeezes is gone.
+    let (fixed, counted) = if chain.kinds.0 == "Unsqueeze" { (after, before) } else { (before, after) };
+    let others: Vec<_> = (0..=fixed.len() + counted.last()?).filter(|axis| !fixed.contains(axis)).collect();
+    let counted = counted.iter().map(|&axis| others.get(axis).copied()).collect::<Option<Vec<_>>>()?;
     if !chain.alone {
         return None;
     }
-    let mut both: Vec<i64> = both.into_iter().map(|axis| axis as i64).collect();
+    let mut both: Vec<i64> = fixed.into_iter().chain(counted).map(|axis| axis as i64).collect();
     both.sort_unstable();
     give(graph, chain.second, "axes", 1, &both);
     chain.skip(graph);

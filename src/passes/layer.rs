@@ -1,6 +1,6 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use crate::ir::{Graph, NodeId, Outlet, Tensor, Weight, tensor::is_float};
+use crate::ir::{Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
 
 /// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
 pub(super) struct Layer {
@@ -90,6 +90,12 @@ impl Layer {
             })
         })
     }
+}
+
+/// Whether a convolution pads its operand.
+pub(super) fn pads(op: &Op) -> bool {
+    op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
+        || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"))
 }
 
 /// Whether every element is a number and finite.

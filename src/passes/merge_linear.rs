@@ -2,7 +2,7 @@
 
 use nalgebra::{DMatrix, DVector};
 
-use super::layer::{Layer, is_finite};
+use super::layer::{Layer, is_finite, pads};
 use crate::{
     ir::{Graph, NodeId, Op, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite},
@@ -114,9 +114,7 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
 
 /// Whether two convolutions, of which the first may be pointwise, are one.
 fn can_merge(graph: &Graph, first: &Layer, second: &Layer, leading: bool) -> bool {
-    let op = graph.op(second.node);
-    let pads = op.and_then(|op| op.ints("pads")).is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
-        || !matches!(op.and_then(|op| op.string("auto_pad")), None | Some("NOTSET" | "VALID"));
+    let pads = graph.op(second.node).is_some_and(pads);
     let biased = first.bias.iter().any(|&b| b != 0.0);
     // What the second pads with is zero, and not the bias of the first.
     let fits = leading && !(pads && biased) || is_pointwise(graph, second) == Some(true);
