@@ -121,7 +121,7 @@ pub struct Shrink {
     #[arg(long, value_name = "E", value_parser = positive)]
     pub max_error: Option<f64>,
     /// The largest share of samples whose top class may change.
-    #[arg(long, value_name = "F", value_parser = positive)]
+    #[arg(long, value_name = "F", value_parser = share)]
     pub max_flips: Option<f64>,
     /// Write what was done as JSON; - is standard output.
     #[arg(long, value_name = "FILE")]
@@ -215,6 +215,10 @@ fn shape(text: &str) -> Result<(String, Vec<usize>), String> {
     let extent = |d: &str| d.parse().map_err(|_| format!("`{d}` is no extent"));
     let dims = if dims.is_empty() { Vec::new() } else { dims.split('x').map(extent).collect::<Result<_, _>>()? };
     Ok((name.to_owned(), dims))
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    positive(text).ok().filter(|&share| share <= 1.0).ok_or_else(|| "a number between 0 and 1 is wanted".to_owned())
 }
 
 fn positive(text: &str) -> Result<f64, String> {

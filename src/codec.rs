@@ -16,7 +16,7 @@ use prost::Message;
 
 pub use self::{
     external::ExternalError,
-    save::{Saved, save},
+    save::{Saved, save, size_at},
 };
 use crate::{
     ir::{Graph, InvalidGraph, TensorError},

@@ -19,9 +19,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use onnx_shrink::{
     analysis::cost::Cost,
     cli::{Cli, Command, Feeds, Shrink},
-    codec::{CodecError, Model, save},
+    codec::{CodecError, Model, save, size_at},
+    pass::Fidelity,
     passes::{PASSES, find},
-    pipeline,
+    pipeline::{self, Outcome},
     shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
     text,
     verify::{
@@ -144,7 +145,13 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     let bar = progress(options.quiet);
     let (result, mut report) = shrink(&model, &job, &mut |what| bar.set_message(what.to_owned()))?;
     bar.finish_and_clear();
-    let larger = report.after.bytes > model.source_bytes() && !options.force;
+    let larger = match &options.output {
+        Some(output) if output.as_os_str() != "-" => {
+            report.after.bytes = size_at(&result, output)?;
+            report.after.bytes > size_at(&model, output)?
+        }
+        _ => report.after.bytes > model.source_bytes(),
+    } && !options.force;
     if larger {
         report
             .notes
@@ -241,7 +248,10 @@ fn table(report: &Report, verbose: bool) -> String {
     if !report.passes.is_empty() {
         let _ = writeln!(text, "\n{:<26} {:>14}  what it did", "pass", "bytes");
     }
-    for outcome in &report.passes {
+    let is_idle = |outcome: &&Outcome| {
+        outcome.fidelity != Fidelity::Lossy && outcome.bytes_removed == 0 && outcome.tally.is_empty() && !verbose
+    };
+    for outcome in report.passes.iter().filter(|outcome| !is_idle(outcome)) {
         let _ = writeln!(text, "{outcome}");
         for declined in outcome.declined.iter().filter(|_| verbose) {
             let _ = writeln!(text, "    declined {declined}");
@@ -249,6 +259,10 @@ fn table(report: &Report, verbose: bool) -> String {
         if !outcome.declined.is_empty() && !verbose {
             let _ = writeln!(text, "    {} declined; -v says why", outcome.declined.len());
         }
+    }
+    let idle: Vec<_> = report.passes.iter().filter(is_idle).map(|outcome| outcome.pass.as_str()).collect();
+    if !idle.is_empty() {
+        let _ = writeln!(text, "nothing to do for {} more passes; -v names them", idle.len());
     }
     if let Some(difference) = &report.difference {
         let inputs = if report.random_inputs { "random inputs" } else { "samples" };

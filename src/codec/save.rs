@@ -60,7 +60,7 @@ pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved,
         bytes += original.len();
     } else {
         let mut proto = model.to_proto();
-        if !model.source.external.is_empty() || proto.encoded_len() > MAX_MESSAGE {
+        if needs_sidecar(model, &proto) {
             let target = sidecar_path(model, path);
             let mut file = temporary()?;
             let written = externalize(&model.graph, &mut proto, &target, file.as_file_mut()).map_err(io)?;
@@ -79,6 +79,31 @@ pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved,
     let sidecar = sidecar.map(|(file, target)| persist(file, &target)).transpose().map_err(io)?;
     persist(file, path).map_err(io)?;
     Ok(Saved { bytes, sidecar })
+}
+
+/// The bytes that `model` takes at `path`, which are a matter of the path as well where each large tensor names the file
+/// that it lies in.
+///
+/// # Errors
+///
+/// Those of writing that are no matter of the disk.
+pub fn size_at(model: &Model, path: &Path) -> Result<usize, CodecError> {
+    if let Some(original) = model.original() {
+        return Ok(original.len());
+    }
+    let mut proto = model.to_proto();
+    let mut external = 0;
+    if needs_sidecar(model, &proto) {
+        let io = |source| CodecError::Io { path: path.to_owned(), action: "written", source };
+        let target = sidecar_path(model, &followed(path));
+        external = externalize(&model.graph, &mut proto, &target, io::sink()).map_err(io)?;
+    }
+    Ok(proto.encoded_len() + external)
+}
+
+/// Whether the large tensors of `model` go to a file of their own.
+fn needs_sidecar(model: &Model, proto: &ModelProto) -> bool {
+    !model.source.external.is_empty() || proto.encoded_len() > MAX_MESSAGE
 }
 
 /// Where `path` leads, if it is a symbolic link, even to a file that is not there yet.
@@ -133,7 +158,7 @@ fn sidecar_path(model: &Model, path: &Path) -> PathBuf {
 }
 
 /// Writes the large tensors of `graph` to `file`, points `proto` there, and says how many bytes went.
-fn externalize(graph: &Graph, proto: &mut ModelProto, target: &Path, file: &mut File) -> io::Result<usize> {
+fn externalize(graph: &Graph, proto: &mut ModelProto, target: &Path, file: impl Write) -> io::Result<usize> {
     let mut out = Sidecar {
         location: target.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
         file: io::BufWriter::new(file),
@@ -146,13 +171,13 @@ fn externalize(graph: &Graph, proto: &mut ModelProto, target: &Path, file: &mut 
     Ok(out.offset)
 }
 
-struct Sidecar<'a> {
+struct Sidecar<W: Write> {
     location: String,
-    file: io::BufWriter<&'a mut File>,
+    file: io::BufWriter<W>,
     offset: usize,
 }
 
-impl Sidecar<'_> {
+impl<W: Write> Sidecar<W> {
     fn graph(&mut self, graph: &Graph, proto: &mut GraphProto) -> io::Result<()> {
         let values = graph.values();
         let tensor_of = |name: &str| match graph.kind(values.get(name)?.node) {

@@ -129,12 +129,11 @@ fn squeeze(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     }
     // Where the second counts, what the first unsqueezes is there already, and what it squeezes is gone.
     let (fixed, counted) = if chain.kinds.0 == "Unsqueeze" { (after, before) } else { (before, after) };
-    let others: Vec<_> = (0..=fixed.len() + counted.last()?).filter(|axis| !fixed.contains(axis)).collect();
-    let counted = counted.iter().map(|&axis| others.get(axis).copied()).collect::<Option<Vec<_>>>()?;
+    let place = |count: usize| fixed.iter().fold(count, |axis, &fixed| axis + usize::from(fixed <= axis));
     if !chain.alone {
         return None;
     }
-    let mut both: Vec<i64> = fixed.into_iter().chain(counted).map(|axis| axis as i64).collect();
+    let mut both: Vec<i64> = counted.iter().map(|&count| place(count)).chain(fixed.clone()).map(|a| a as i64).collect();
     both.sort_unstable();
     give(graph, chain.second, "axes", 1, &both);
     chain.skip(graph);

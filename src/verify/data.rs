@@ -29,7 +29,8 @@ const RANDOM_SAMPLES: usize = 16;
 const OPEN_AXES: &[usize] = &[224, 64, 32, 16, 1];
 /// At most so many mixtures of these sizes are tried, where one size does not suit all inputs.
 const MAX_MIXTURES: usize = 125;
-/// Random integers lie below this, or below the size of the table that they index.
+/// Random integers lie below this where they index no table that is known, else below its size: what is done to any row
+/// of the table must show.
 const INTEGERS_BELOW: usize = 128;
 
 /// Which samples something may look at.
@@ -87,8 +88,21 @@ pub enum DataError {
         source: io::Error,
     },
     /// None of the arrays is for an input.
-    #[error("no array of the data file is named like an input; the inputs are {0}")]
-    NothingNamed(String),
+    #[error("no array of the data file is named like an input; it has {found}, and the inputs are {inputs}")]
+    NothingNamed {
+        /// The arrays.
+        found: String,
+        /// The inputs.
+        inputs: String,
+    },
+    /// An array holds what is no number.
+    #[error("array `{name}` holds NaN in sample {sample}; leave such samples out")]
+    NotANumber {
+        /// The input.
+        name: String,
+        /// The sample, from 0.
+        sample: usize,
+    },
     /// An array has the wrong type.
     #[error("array `{name}` holds {found}, but the input is {wanted}; convert it with .astype", wanted = .wanted.as_str_name())]
     WrongType {
@@ -174,7 +188,9 @@ impl Samples {
             None => (BTreeMap::new(), Vec::new()),
         };
         if request.data.is_some() && arrays.is_empty() {
-            return Err(DataError::NothingNamed(names()));
+            let found = ignored.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let found = if found.is_empty() { "no arrays".to_owned() } else { found };
+            return Err(DataError::NothingNamed { found, inputs: names() });
         }
         let (split, shortest) = npz::cut(&slots, arrays)?;
         let has = |slot: &&Slot| split.contains_key(&slot.name) || request.fixed.contains_key(&slot.name);
@@ -335,7 +351,7 @@ impl Slot {
 fn slots(graph: &Graph) -> Vec<Slot> {
     let firsts: Vec<_> = graph.fed_inputs().filter_map(|input| axis_names(&input.info).into_iter().next()).collect();
     let slot = |input: &crate::ir::Input| {
-        let below = table(graph, input.node.out()).unwrap_or(INTEGERS_BELOW).min(INTEGERS_BELOW);
+        let below = table(graph, input.node.out()).unwrap_or(INTEGERS_BELOW);
         let names = axis_names(&input.info);
         let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
         let batches = batches.collect();
@@ -414,13 +430,21 @@ fn axis_names(info: &ValueInfoProto) -> Vec<String> {
     tensor.shape.iter().flat_map(|shape| shape.dim.iter().map(name)).collect()
 }
 
+/// Operators that hand indices on to what reads them.
+const HANDING_ON: &[&str] = &["Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"];
+
 /// The extent of the smallest table that `value` is an index into.
 fn table(graph: &Graph, value: Outlet) -> Option<usize> {
-    let indexed =
-        graph.uses(value).into_iter().filter(|(_, inlet)| *inlet == Inlet::Slot(1)).filter_map(|(node, _)| {
+    let indexed = graph.uses(value).into_iter().filter_map(|(node, inlet)| match inlet {
+        Inlet::Slot(1) => {
             let op = graph.op_of(node, "Gather")?;
             let table = graph.constant(graph.operand(node, 0)?)?;
             table.dims().get(crate::eval::axis(op.int("axis").unwrap_or(0), table.dims().len())?).copied()
-        });
+        }
+        Inlet::Slot(0) if graph.op(node)?.standard().is_some_and(|op| HANDING_ON.contains(&op)) => {
+            table(graph, node.out())
+        }
+        _ => None,
+    });
     indexed.min()
 }

@@ -18,6 +18,19 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// Writes one array as numpy's savez does.
+fn write_npz(file: &Path, name: &str, dims: &[u64], values: &[f32]) {
+    use npyz::WriterBuilder;
+    let mut bytes = Vec::new();
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(dims).writer(&mut bytes).begin_nd().unwrap();
+    writer.extend(values.iter().copied()).unwrap();
+    writer.finish().unwrap();
+    let mut archive = zip::ZipWriter::new(std::fs::File::create(file).unwrap());
+    archive.start_file(format!("{name}.npy"), zip::write::SimpleFileOptions::default()).unwrap();
+    archive.write_all(&bytes).unwrap();
+    archive.finish().unwrap();
+}
+
 #[test]
 fn bad_files_get_one_clear_error_each_and_nothing_is_written() {
     let folder = tempfile::tempdir().unwrap();
@@ -177,6 +190,11 @@ fn what_is_asked_for_and_can_not_be_is_told_before_any_work() {
     let file = folder.path().join("m.onnx");
     std::fs::copy(fixture("models/mnist_lenet300.onnx"), &file).unwrap();
     let (model, out, nowhere) = (path(&file), folder.path().join("o.onnx"), folder.path().join("no/o.onnx"));
+    let (stranger, damaged) = (folder.path().join("stranger.npz"), folder.path().join("damaged.npz"));
+    write_npz(&stranger, "other", &[9, 1, 28, 28], &vec![0.0; 9 * 784]);
+    let mut values = vec![0.0; 9 * 784];
+    values[9 * 784 - 1] = f32::NAN;
+    write_npz(&damaged, "input", &[9, 1, 28, 28], &values);
     for (args, code, word) in [
         (&[model, path(&out), "--report", model][..], 2, "is IN already"),
         (&[model, path(&out), "--report", path(&out)], 2, "is OUT already"),
@@ -187,6 +205,9 @@ fn what_is_asked_for_and_can_not_be_is_told_before_any_work() {
         (&[model, path(&out), "--passes", "svd", "--no-verify"], 2, "found by measuring"),
         (&[model, path(&out), "--shape", "input=1x3x28x28"], 2, "is declared as ?x1x28x28"),
         (&[model, path(&out), "--input", "nope=1"], 2, "no input `nope`"),
+        (&[model, path(&out), "--max-flips", "3"], 2, "between 0 and 1"),
+        (&[model, path(&out), "--data", path(&stranger)], 1, "it has `other`, and the inputs are `input`"),
+        (&[model, path(&out), "--data", path(&damaged)], 1, "`input` holds NaN in sample 8"),
     ] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(code), "{args:?}: {}", text(&output.stderr));

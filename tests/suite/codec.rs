@@ -1,6 +1,6 @@
 use std::sync::atomic::AtomicBool;
 
-use onnx_shrink::codec::{Model, save};
+use onnx_shrink::codec::{Model, save, size_at};
 
 use crate::{fixture, fixtures, models};
 
@@ -58,7 +58,9 @@ fn external_data_goes_beside_the_output() {
     std::fs::write(folder.path().join("weights.bin"), &data).unwrap();
     let model = Model::open(&input).unwrap();
     assert_eq!(model.encode(), std::fs::read(&input).unwrap());
+    let predicted = size_at(&model, &folder.path().join("out.onnx")).unwrap();
     let saved = save(&model, &folder.path().join("out.onnx"), &AtomicBool::new(false)).unwrap();
+    assert_eq!(predicted, saved.bytes);
     assert_eq!(saved.sidecar, Some(folder.path().join("out.onnx.data")));
     let again = Model::open(&folder.path().join("out.onnx")).unwrap();
     let plain = Model::open(&source).unwrap();

@@ -292,3 +292,20 @@ fn a_branch_that_no_sample_takes_is_not_taken_for_free() {
     let inside = |model: &Model| model.graph.bodies().map(|(_, body)| elements(&body.graph)).collect::<Vec<_>>();
     assert_eq!(inside(&small), inside(&model));
 }
+
+#[test]
+fn random_indices_reach_the_rows_of_the_whole_table() {
+    let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (int32[N,8] x) => (float[N,8,4] y)\n\
+                <float[5000,4] table = normal(1)>\n{\n i = Cast <to = 7> (x)\n y = Gather (table, i)\n}\n";
+    let model = onnx_shrink::text::parse(text).unwrap();
+    let table = model.graph.values()["table"];
+    let mut values = model.graph.constant(table).unwrap().f64s().unwrap();
+    values[4000..].fill(0.0);
+    let values: Vec<_> = values.iter().map(|&v| v as f32).collect();
+    let mut damaged = model.clone();
+    let zeroed = damaged.graph.add_const(Weight::dense(onnx_shrink::ir::Tensor::f32(&[5000, 4], &values)), "zeroed");
+    damaged.graph.replace_uses(table, zeroed);
+    let samples = Samples::gather(&model, &Request::default()).unwrap();
+    let reference = Reference::new(&Engine::default(), &model, samples.part(Split::Last)).unwrap();
+    assert!(reference.compare(&damaged).unwrap().error > 0.3);
+}

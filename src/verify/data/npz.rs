@@ -102,6 +102,9 @@ pub(super) fn cut(
         let size = dims.iter().product::<usize>().max(1);
         let value = |chunk: &[f64]| Value { dims: dims.clone(), values: chunk.to_vec(), is_float };
         let values: Vec<_> = array.values.chunks_exact(size).map(value).collect();
+        if let Some(i) = array.values.iter().position(|value| value.is_nan()) {
+            return Err(DataError::NotANumber { name, sample: i / size });
+        }
         if let Some((other, others)) =
             cut.iter().next().map(|(other, values): (&String, &Vec<_>)| (other, values.len()))
             && others != values.len()
