@@ -2,6 +2,8 @@
 
 pub mod channels;
 pub mod cost;
+pub mod linear;
+pub mod moments;
 pub mod numbering;
 pub mod shapes;
 

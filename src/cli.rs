@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::verify::{Engine, Request};
+use crate::{
+    pass::Minimize,
+    shrink::MAX_GRAM_DIM,
+    verify::{Engine, Request},
+};
 
 /// Make a trained ONNX model smaller and faster, and prove that it still computes the same.
 ///
@@ -123,6 +127,18 @@ pub struct Shrink {
     /// The largest share of samples whose top class may change.
     #[arg(long, value_name = "F", value_parser = share)]
     pub max_flips: Option<f64>,
+    /// What passes that no option fixes are to save; macs with --target-macs.
+    #[arg(long, value_enum, default_value_t = Minimize::Bytes)]
+    pub minimize: Minimize,
+    /// The share of the bytes that is to be left, instead of an error budget.
+    #[arg(long, value_name = "R", value_parser = share, conflicts_with = "target_macs")]
+    pub target_size: Option<f64>,
+    /// The share of the multiply-adds that is to be left, instead of an error budget.
+    #[arg(long, value_name = "R", value_parser = share)]
+    pub target_macs: Option<f64>,
+    /// Layers that read vectors of more elements are not calibrated: a statistic takes 8 bytes for the square of that.
+    #[arg(long, value_name = "D", default_value_t = MAX_GRAM_DIM)]
+    pub max_gram_dim: usize,
     /// Write what was done as JSON; - is standard output.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,

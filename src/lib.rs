@@ -11,6 +11,7 @@ pub mod pass;
 pub mod passes;
 pub mod pipeline;
 pub mod proto;
+pub mod refit;
 pub mod shrink;
 pub mod text;
 pub mod verify;

@@ -1,10 +1,14 @@
 //! Factorizations of weight matrices. nalgebra's `DMatrix` is the matrix type; the large products and decompositions
 //! run in faer on the same column-major memory, one after the other on one thread, so that they give the same bits each time.
 
+mod solve;
+
 use faer::{MatRef, Side};
 use nalgebra::DMatrix;
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
+
+pub use self::solve::{Cholesky, add_cross, add_gram, energy, product};
 
 /// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).
 const OVERSAMPLING: usize = 10;

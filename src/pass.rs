@@ -1,14 +1,16 @@
 //! What a pass is, and how it is declared and given its options.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{any::Any, collections::BTreeMap, fmt, sync::Arc};
 
 use globset::GlobSet;
 use serde::Serialize;
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::{moments, shapes::Shapes},
+    codec::Model,
     ir::{Graph, NodeId},
-    linalg::Spectrum,
+    refit::Kept,
+    verify::{Cannot, Engine, Reference, Value},
 };
 
 /// What a pass may do to the values a model computes.
@@ -37,7 +39,7 @@ impl fmt::Display for Fidelity {
 ///
 /// A pass is a plain struct. Its fields are its options, its doc comment is its help, and its place in
 /// [`PASSES`](crate::passes::PASSES) is its registration.
-pub trait Pass: fmt::Debug {
+pub trait Pass: fmt::Debug + Send + Sync {
     /// Rewrites `graph`.
     ///
     /// # Errors
@@ -162,8 +164,56 @@ pub struct Context {
     pub tally: BTreeMap<&'static str, u64>,
     /// What it left alone, and why.
     pub declined: Vec<String>,
-    /// Spectra by the hash of their weight: they are the same at every price.
-    pub(crate) spectra: BTreeMap<u64, Arc<Spectrum>>,
+    /// What is to be saved.
+    pub minimize: Minimize,
+    /// Whether the size of the result is given, and not its error.
+    pub has_target: bool,
+    /// What layers read, over samples; empty where there are none.
+    pub moments: Arc<moments::Table>,
+    /// What measures a graph against the one that the first lossy pass saw, where there are samples.
+    pub yardstick: Option<Arc<Yardstick>>,
+    /// Which channels are left of the values of the model that the first lossy pass saw.
+    pub kept: Kept,
+    /// Whether what is left is to be fitted to that model.
+    pub refit: bool,
+    /// What was found out and is the same at every price, by a hash of what it depends on.
+    pub(crate) memo: BTreeMap<u64, Arc<dyn Any + Send + Sync>>,
+}
+
+/// What the model that the first lossy pass sees computes on a few samples.
+#[derive(Debug)]
+pub struct Yardstick {
+    model: Model,
+    reference: Reference,
+}
+
+impl Yardstick {
+    /// Of `model` on `samples`.
+    ///
+    /// # Errors
+    ///
+    /// When the engine can't run it.
+    pub fn new(engine: &Engine, model: &Model, samples: Vec<Vec<Value>>) -> Result<Self, Cannot> {
+        Ok(Self { model: model.clone(), reference: Reference::before_squashing(engine, model, samples)? })
+    }
+
+    /// The error of `graph` in place of the model's; `None` where it can't be run.
+    #[must_use]
+    pub fn error(&self, graph: &Graph) -> Option<f64> {
+        let model = Model { graph: graph.clone(), ..self.model.clone() };
+        Some(self.reference.compare(&model).ok()?.error)
+    }
+}
+
+/// What passes that the budget drives are to save.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Minimize {
+    /// Bytes of the file.
+    #[default]
+    Bytes,
+    /// Multiply-adds.
+    Macs,
 }
 
 impl Context {
@@ -194,6 +244,30 @@ impl Context {
     #[must_use]
     pub fn is_kept(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.keep.is_match(name))
+    }
+
+    /// What `find` finds, which depends on what `key` is a hash of, and on nothing else.
+    pub(crate) fn remember<T: Any + Send + Sync>(&mut self, key: u64, find: impl FnOnce() -> T) -> Arc<T> {
+        if let Some(Ok(known)) = self.memo.get(&key).map(|known| Arc::clone(known).downcast::<T>()) {
+            return known;
+        }
+        let found = Arc::new(find());
+        self.memo.insert(key, Arc::<T>::clone(&found));
+        found
+    }
+
+    /// Notes which channels are left, by value and axis, of those that there were.
+    pub(crate) fn keep_channels(&mut self, left: Kept) {
+        for (name, axes) in left {
+            let known = self.kept.entry(name).or_default();
+            for (axis, left) in axes {
+                let all = match known.remove(&axis) {
+                    Some(before) => left.iter().map(|&i| before[i]).collect(),
+                    None => left,
+                };
+                known.insert(axis, all);
+            }
+        }
     }
 
     /// The shapes of `graph` at the verified input shapes.

@@ -1,7 +1,9 @@
 //! The main job: run the passes, find how much the budget allows, and prove the result before anybody writes it.
 
+mod land;
 mod lossy;
 mod search;
+mod stage;
 
 use serde::Serialize;
 
@@ -10,7 +12,7 @@ use crate::{
     analysis::cost::Cost,
     codec::Model,
     ir::Graph,
-    pass::{Context, Fidelity, Price},
+    pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
@@ -20,6 +22,9 @@ pub const BUDGET_WITH_DATA: f64 = 0.05;
 /// The default budget on random inputs, which are harsher: what a net does with noise depends on directions that real
 /// inputs do not use.
 pub const BUDGET_ON_RANDOM: f64 = 0.10;
+
+/// The largest vectors whose covariance is taken by default: 170 MB for each such layer.
+pub const MAX_GRAM_DIM: usize = 4608;
 
 /// What a person asked for.
 #[derive(Debug)]
@@ -32,12 +37,35 @@ pub struct Job {
     pub max_error: Option<f64>,
     /// The largest share of samples whose top class may change.
     pub max_flips: Option<f64>,
+    /// What passes that the budget drives are to save.
+    pub minimize: Minimize,
+    /// The share of the input's cost, of the kind that is to be saved, that the result is to have.
+    pub target: Option<f64>,
+    /// Layers that read larger vectors are not calibrated.
+    pub max_gram_dim: usize,
     /// Layers that lossy passes leave alone.
     pub keep: Vec<globset::Glob>,
     /// Constants listed as inputs stay listed.
     pub keep_initializer_inputs: bool,
     /// Whether the result is checked.
     pub verify: bool,
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Self {
+            items: vec![Item::Simplify],
+            request: Request::default(),
+            max_error: None,
+            max_flips: None,
+            minimize: Minimize::default(),
+            target: None,
+            max_gram_dim: MAX_GRAM_DIM,
+            keep: Vec::new(),
+            keep_initializer_inputs: false,
+            verify: true,
+        }
+    }
 }
 
 /// What was done, and what came of it.
@@ -53,8 +81,6 @@ pub struct Report {
     pub difference: Option<Difference>,
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
-    /// The price that the search settled on: predicted error, relative and squared, for each byte saved.
-    pub price: Option<f64>,
     /// Whether the samples were random.
     pub random_inputs: bool,
     /// What a person should know.
@@ -95,6 +121,17 @@ pub enum ShrinkError {
         found: f64,
         /// The share that is allowed.
         budget: f64,
+    },
+    /// The result can't be as small as is asked for.
+    #[error(
+        "the target is a share of {target}, but when all that may go is gone, {least:.3} is left; -v says what may not go, \
+         and more passes reach further"
+    )]
+    OutOfReach {
+        /// The share that is asked for.
+        target: f64,
+        /// What is left at the highest price.
+        least: f64,
     },
     /// Flips are limited, but nothing looks like class scores.
     #[error("--max-flips: no output looks like class scores, rows of several numbers; leave it out")]
@@ -157,13 +194,17 @@ impl ShrinkError {
 pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Result<(Model, Report), ShrinkError> {
     let mut report = Report::default();
     let lossy = job.items.iter().any(|item| item.fidelity() == Fidelity::Lossy);
-    if let (false, Some(Item::Pass(step))) = (job.verify, job.items.iter().find(|item| item.is_free())) {
+    if let (false, None, Some(Item::Pass(step))) =
+        (job.verify, job.target, job.items.iter().find(|item| item.is_free()))
+    {
         return Err(ShrinkError::Unmeasured(step.info.name.to_owned()));
     }
     let keep = keep(model, &job.keep)?;
     progress("preparing samples");
-    let samples = if job.verify { Some(Samples::gather(model, &job.request)?) } else { None };
-    let mut cx = Context { keep, ..Context::default() };
+    let is_run = job.verify || lossy && job.request.data.is_some();
+    let samples = if is_run { Some(Samples::gather(model, &job.request)?) } else { None };
+    let has_target = job.target.is_some();
+    let mut cx = Context { keep, minimize: job.minimize, has_target, ..Context::default() };
     if samples.is_none() {
         cx.bound = Samples::likely_shapes(model, &job.request);
     }

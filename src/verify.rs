@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use self::error::Pooled;
 pub use self::{
     data::{DataError, Request, Samples, Split},
-    engine::{Cannot, Engine, Runner, Value, catches_panics},
+    engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
     regions::compare_regions,
 };
 use crate::{

@@ -60,12 +60,14 @@ impl Graph {
         Some(part)
     }
 
-    /// The graph with `value` as its one output, all inputs kept.
+    /// The graph with `values` as its outputs, all inputs kept.
     #[must_use]
-    pub(crate) fn computing(&self, value: Outlet) -> Self {
+    pub(crate) fn computing(&self, values: &[Outlet]) -> Self {
         let mut graph = self.clone();
         graph.outputs.clear();
-        graph.push_output(value, declaration(self.name(value), None));
+        for &value in values {
+            graph.push_output(value, declaration(self.name(value), None));
+        }
         for id in self.order().into_iter().rev() {
             if graph.contains(id) {
                 graph.sweep(id);

@@ -1,14 +1,32 @@
 //! See [`Prune`].
 
-use std::collections::{BTreeMap, BTreeSet};
+mod allocate;
+mod compensate;
+mod curve;
+mod score;
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use rayon::prelude::*;
+use xxhash_rust::xxh3::Xxh3;
+
+use self::{
+    allocate::{Costs, allocate},
+    compensate::Compensation,
+    curve::Curve,
+    score::Score,
+};
 use super::surgery::{remove, spare};
 use crate::{
     analysis::{
         channels::{Channels, Role, Side},
+        moments,
         shapes::Shapes,
     },
-    ir::{Graph, tensor::strides},
+    ir::{Graph, Tensor},
     pass::{Context, Declare, Fidelity, Pass, open_to_loss},
 };
 
@@ -17,6 +35,10 @@ use crate::{
 /// A channel goes together with its bias, normalization, depthwise filters, the channels that residual additions,
 /// concatenations, splits and flattenings tie it to, and the slices of the weights that read it. Constant shapes and
 /// declared shapes follow.
+///
+/// With samples, what the rest of the model reads less of is made up for: the weights that read the removed channels are
+/// fitted to what the kept ones tell about them (affine least squares), and then all layers after the first change are
+/// fitted again, one after another, to what they computed in the original (Y. He 2017; Zhang 2015).
 ///
 /// Applies when: no operator on the way is one that the channel can't be followed through, and the channel is no input
 /// or output of the model. What is pinned so is reported with the reason.
@@ -30,24 +52,29 @@ pub(super) struct Prune {
     /// The share of the channels of every layer that goes, between 0 and 1.
     #[arg(long, value_parser = super::share)]
     ratio: Option<f64>,
-    /// What makes a channel matter.
-    #[arg(long, value_enum, default_value = "l2")]
-    score: Score,
+    /// What makes a channel matter; obs with samples, else l2.
+    #[arg(long, value_enum)]
+    score: Option<Score>,
+    /// How what is left makes up for what went: refit with samples, else none.
+    #[arg(long, value_enum)]
+    compensate: Option<Compensate>,
     /// The counts of channels that are left are multiples of this, or of the largest power of two that the counts before
-    /// and it have in common; 16 for convolutions where the budget decides, else 1.
+    /// and it have in common; 16 for convolutions where the error budget decides, else 1.
     #[arg(long, value_parser = super::positive)]
     multiple: Option<usize>,
 }
 
-/// What makes a channel matter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Score {
-    /// The sum of the absolute weights that make it (Li 2017).
-    L1,
-    /// The Euclidean norm of the weights that make it (Li 2017).
-    L2,
-    /// The mean absolute weight that reads it (He 2014).
-    Onorm,
+/// How what is left makes up for what went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+enum Compensate {
+    /// Not at all.
+    None,
+    /// By the biases of what reads it, which take the mean of what went.
+    Bias,
+    /// By the weights and biases of what reads it, fitted to what went.
+    Fit,
+    /// By those, and then by all layers after the first change, fitted to the original one after another.
+    Refit,
 }
 
 /// The channels that onnxruntime computes at a time on processors with AVX-512; it is half of that on others.
@@ -61,7 +88,7 @@ impl Declare for Prune {
 impl Pass for Prune {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let shapes = cx.shapes(graph);
-        self.prune(graph, &shapes, cx);
+        self.prune(graph, &shapes, cx, true);
         Ok(())
     }
 
@@ -71,164 +98,216 @@ impl Pass for Prune {
 }
 
 /// Channels that are made side by side: the classes along the axes that the same weights make.
-struct Layer {
-    classes: BTreeSet<usize>,
+struct Group {
+    /// Classes that may go.
+    units: Vec<usize>,
     /// How many classes there are with those that are pinned.
     width: usize,
     /// The weights that make and read them, once each.
     sides: Vec<Side>,
+    /// What error of the whole model an error of what reads them makes, both relative and squared.
+    sensitivity: f64,
 }
 
-/// The layers whose channels may go; those that are pinned or kept are reported.
-fn layers(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Layer> {
+impl Group {
+    /// The units by their class.
+    fn places(&self) -> BTreeMap<usize, usize> {
+        self.units.iter().enumerate().map(|(i, &class)| (class, i)).collect()
+    }
+
+    fn of_role(&self, role: Role) -> impl Iterator<Item = &Side> {
+        self.sides.iter().filter(move |side| side.role == role)
+    }
+}
+
+/// The groups of channels that may go; those that are pinned or kept are reported.
+fn groups(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Group> {
     let classes = |side: &Side| -> BTreeSet<usize> {
         let extent = channels.extent(side.weight, side.axis).unwrap_or(0);
         (0..extent).filter_map(|i| channels.class(side.weight, side.axis, i)).collect()
     };
-    let mut layers: Vec<Layer> = Vec::new();
+    let mut groups: Vec<(BTreeSet<usize>, Vec<Side>)> = Vec::new();
     for side in channels.sides.iter().filter(|side| side.role == Role::Makes) {
-        let mut own = Layer { classes: classes(side), width: 0, sides: vec![*side] };
-        let (joined, apart): (Vec<_>, Vec<_>) =
-            layers.into_iter().partition(|layer| !layer.classes.is_disjoint(&own.classes));
-        layers = apart;
-        for layer in joined {
-            own.classes.extend(layer.classes);
-            own.sides.extend(layer.sides);
+        let (mut own, mut sides) = (classes(side), vec![*side]);
+        let (joined, apart): (Vec<_>, Vec<_>) = groups.into_iter().partition(|group| !group.0.is_disjoint(&own));
+        groups = apart;
+        for (classes, others) in joined {
+            own.extend(classes);
+            sides.extend(others);
         }
-        layers.push(own);
+        groups.push((own, sides));
     }
-    layers.sort_by_key(|layer| layer.classes.first().copied());
-    for layer in &mut layers {
+    groups.sort_by_key(|group| group.0.first().copied());
+    for (own, sides) in &mut groups {
         let readers = channels.sides.iter().filter(|side| side.role == Role::Reads);
-        layer.sides.extend(readers.filter(|side| !classes(side).is_disjoint(&layer.classes)));
+        sides.extend(readers.filter(|side| !classes(side).is_disjoint(own)));
         let mut seen = BTreeSet::new();
-        layer.sides.retain(|side| seen.insert((side.weight, side.axis)));
+        sides.retain(|side| seen.insert((side.weight, side.axis)));
     }
-    layers.retain_mut(|layer| {
-        let names: Vec<_> = layer.sides.iter().map(|side| graph.name(side.weight)).collect();
-        let users = layer.sides.iter().flat_map(|side| graph.uses(side.weight));
+    let open = groups.into_iter().filter_map(|(classes, sides)| {
+        let names: Vec<_> = sides.iter().map(|side| graph.name(side.weight)).collect();
+        let users = sides.iter().flat_map(|side| graph.uses(side.weight));
         let labels: Vec<_> = users.map(|(node, _)| graph.label(node)).collect();
         let first = names.first().copied().unwrap_or_default();
         if cx.is_kept(&names) || cx.is_kept(&labels) {
             cx.decline(first, "kept by --keep");
-            return false;
+            return None;
         }
-        if layer.sides.iter().any(|side| graph.is_pinned(side.weight)) {
+        if sides.iter().any(|side| graph.is_pinned(side.weight)) {
             cx.decline(first, "is named by an annotation or by training information");
-            return false;
+            return None;
         }
-        layer.width = layer.classes.len();
-        let reason = layer.classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
-        layer.classes.retain(|&class| channels.pinned(class).is_none());
-        if let (true, Some(reason)) = (layer.classes.is_empty(), reason) {
+        let reason = classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
+        let width = classes.len();
+        let units: Vec<_> = classes.into_iter().filter(|&class| channels.pinned(class).is_none()).collect();
+        if let (true, Some(reason)) = (units.is_empty(), reason) {
             cx.decline(first, &format!("its channels must stay: {reason}"));
         }
-        !layer.classes.is_empty()
+        let finite = |side: &Side| {
+            let values = graph.constant(side.weight).and_then(Tensor::f64s);
+            values.is_none_or(|values| values.iter().all(|v| v.is_finite()))
+        };
+        if !sides.iter().all(finite) {
+            cx.decline(first, "its weights are not finite");
+            return None;
+        }
+        (!units.is_empty()).then_some(Group { units, width, sides, sensitivity: 1.0 })
     });
-    layers
+    open.collect()
+}
+
+/// The error of what reads a group at which the sensitivity of the model to it is measured, relative and squared: small
+/// enough for the answer to be in proportion, and large enough to stand out.
+const PROBED: f64 = 0.03;
+
+/// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself.
+fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc<Curve>], cx: &mut Context) {
+    let Some(yardstick) = cx.yardstick.clone() else { return };
+    let key = |curve: &Arc<Curve>| {
+        let mut hasher = Xxh3::new();
+        curve.order.iter().for_each(|&unit| hasher.update(&unit.to_le_bytes()));
+        curve.errors.iter().for_each(|error| hasher.update(&error.to_le_bytes()));
+        hasher.digest()
+    };
+    let one = |(group, curve): (&Group, &Arc<Curve>)| {
+        let gone = curve.errors.iter().position(|&error| error >= PROBED).unwrap_or(curve.errors.len().checked_sub(1)?);
+        let doomed: BTreeSet<_> = curve.order[..=gone].iter().map(|&unit| group.units[unit]).collect();
+        let mut trial = graph.clone();
+        let compensation = Compensation::of(graph, channels, &doomed, &cx.moments, false);
+        remove(&mut trial, channels, &doomed, Prune::NAME);
+        compensation.apply(&mut trial, Prune::NAME);
+        let error = yardstick.error(&trial)?;
+        (curve.errors[gone] > 0.0 && error.is_finite()).then(|| error * error / curve.errors[gone])
+    };
+    let unknown: Vec<_> = groups.iter().zip(curves).filter(|(_, curve)| !cx.memo.contains_key(&key(curve))).collect();
+    let found: Vec<_> = unknown.par_iter().map(|(group, curve)| (key(curve), one((group, curve)))).collect();
+    for (key, sensitivity) in found {
+        cx.remember(key, || sensitivity);
+    }
+    for (group, curve) in groups.iter_mut().zip(curves) {
+        group.sensitivity = cx.remember(key(curve), || None::<f64>).unwrap_or(1.0);
+    }
 }
 
 impl Prune {
-    /// Prunes `graph`, then the bodies in it: the values that they share are pinned on both sides.
-    fn prune(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context) {
+    /// Prunes `graph`, then the bodies in it: the values that they share are pinned on both sides. What is known of samples
+    /// is known of the outermost graph.
+    fn prune(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) {
         let channels = Channels::of(graph, shapes);
-        let layers = layers(graph, &channels, cx);
+        let mut groups = groups(graph, &channels, cx);
         let mut doomed = BTreeMap::new();
-        for layer in &layers {
-            doomed.extend(self.choose(graph, &channels, layer, cx));
+        let curves: Vec<_> = groups.iter().map(|group| self.curve(graph, &channels, group, cx, outermost)).collect();
+        if outermost && self.ratio.is_none() {
+            probe(graph, &channels, &mut groups, &curves, cx);
+        }
+        for ((group, curve), gone) in
+            groups.iter().zip(&curves).zip(self.counts(graph, &channels, shapes, &groups, &curves, cx))
+        {
+            if gone > 0 {
+                cx.predicted += curve.errors[gone - 1] * group.sensitivity;
+                cx.count("layers pruned");
+            }
+            doomed.extend(curve.order[..gone].iter().enumerate().map(|(i, &unit)| (group.units[unit], i as f64)));
         }
         spare(&channels, &mut doomed);
         cx.add("channels removed", doomed.len());
         if !doomed.is_empty() {
-            remove(graph, &channels, &doomed.into_keys().collect(), Self::NAME);
+            let doomed = doomed.into_keys().collect();
+            let compensate = if outermost { self.compensation(cx) } else { Compensate::None };
+            let compensation = (compensate > Compensate::None)
+                .then(|| Compensation::of(graph, &channels, &doomed, &cx.moments, compensate == Compensate::Bias));
+            let kept = remove(graph, &channels, &doomed, Self::NAME);
+            if let Some(compensation) = compensation {
+                let fitted = compensation.apply(graph, Self::NAME);
+                cx.add("layers fitted to what went", fitted);
+            }
+            if outermost {
+                cx.keep_channels(kept);
+            }
+            cx.refit |= compensate == Compensate::Refit;
         }
         for id in open_to_loss(graph, self.is_fixed(), cx) {
             let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
                 op.bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect()
             });
             for (body, shapes) in graph.bodies_mut(id).iter_mut().zip(&inside) {
-                self.prune(&mut body.graph, shapes, cx);
+                self.prune(&mut body.graph, shapes, cx, false);
             }
         }
     }
 
-    /// The channels of `layer` that go, each with its score.
-    fn choose(&self, graph: &Graph, channels: &Channels, layer: &Layer, cx: &mut Context) -> Vec<(usize, f64)> {
-        let mut scores: BTreeMap<usize, f64> = layer.classes.iter().map(|&class| (class, 0.0)).collect();
-        let mut bytes: BTreeMap<usize, f64> = BTreeMap::new();
-        let wanted = if self.score == Score::Onorm { Role::Reads } else { Role::Makes };
-        for side in &layer.sides {
-            let Some(weight) = graph.weight(side.weight) else { continue };
-            let Some(values) = weight.value().f64s() else { continue };
-            let extent = weight.value().dims()[side.axis];
-            let norms = self.norms(&values, weight.value().dims(), side.axis);
-            for (i, norm) in norms.into_iter().enumerate() {
-                let Some(class) = channels.class(side.weight, side.axis, i) else { continue };
-                *bytes.entry(class).or_default() += weight.stored_bytes() as f64 / extent as f64;
-                if side.role == wanted
-                    && let Some(score) = scores.get_mut(&class)
-                {
-                    *score += norm;
-                }
-            }
-        }
-        let total: f64 = scores.values().map(|s| s * s).sum();
-        let mut ranked: Vec<_> = scores.into_iter().collect();
-        ranked.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-        if !total.is_finite() {
-            cx.decline(graph.name(layer.sides[0].weight), "its weights are not finite");
-            return Vec::new();
-        }
-        // The last channel of a layer stays.
-        let most = ranked.len() - 1;
-        let share = |score: f64| if total > 0.0 { score * score / total } else { 0.0 };
-        let count = if let Some(ratio) = self.ratio {
-            ((ratio * ranked.len() as f64).floor() as usize).min(most)
-        } else {
-            let saved = |class: &usize| bytes.get(class).copied().unwrap_or(0.0);
-            let mut error = 0.0;
-            let mut pays = |(class, score): &(usize, f64)| {
-                error += share(*score);
-                share(*score) < cx.price.per_byte * saved(class) && error <= cx.price.ceiling
+    fn compensation(&self, cx: &Context) -> Compensate {
+        self.compensate.unwrap_or(if cx.moments.is_empty() { Compensate::None } else { Compensate::Refit })
+    }
+
+    /// The order in which the units of `group` go, and the error that this makes.
+    fn curve(
+        &self,
+        graph: &Graph,
+        channels: &Channels,
+        group: &Group,
+        cx: &mut Context,
+        outermost: bool,
+    ) -> Arc<Curve> {
+        let none = moments::Table::new();
+        let table = Arc::clone(&cx.moments);
+        let table = if outermost { &*table } else { &none };
+        let score = self.score.unwrap_or(if table.is_empty() { Score::L2 } else { Score::Obs });
+        cx.remember(score.key(graph, channels, group, table), || score.curve(graph, channels, group, table))
+    }
+
+    /// How many units of each group go.
+    fn counts(
+        &self,
+        graph: &Graph,
+        channels: &Channels,
+        shapes: &Shapes,
+        groups: &[Group],
+        curves: &[Arc<Curve>],
+        cx: &Context,
+    ) -> Vec<usize> {
+        if let Some(ratio) = self.ratio {
+            let count = |group: &Group| {
+                let wanted = (ratio * group.units.len() as f64).floor() as usize;
+                self.rounded(wanted.min(group.units.len() - 1), group, graph, cx)
             };
-            ranked.iter().take(most).take_while(|unit| pays(unit)).count()
-        };
-        let count = self.rounded(count, layer, graph);
-        cx.predicted += ranked[..count].iter().map(|unit| share(unit.1)).sum::<f64>();
-        if count > 0 {
-            cx.count("layers pruned");
+            return groups.iter().map(count).collect();
         }
-        ranked.truncate(count);
-        ranked
+        let costs = Costs::of(graph, shapes, channels, groups, cx.minimize);
+        let allowed = |i: usize, gone: usize| self.rounded(gone, &groups[i], graph, cx) == gone;
+        allocate(groups, curves, &costs, cx.price, &allowed)
     }
 
     /// `count`, less what makes the channels that are left a multiple of what runtimes compute in.
-    fn rounded(&self, count: usize, layer: &Layer, graph: &Graph) -> usize {
+    fn rounded(&self, count: usize, group: &Group, graph: &Graph, cx: &Context) -> usize {
         let is_convolution = |side: &Side| graph.constant(side.weight).is_some_and(|weight| weight.dims().len() > 2);
         let wanted = match self.multiple {
             Some(multiple) => multiple,
-            None if self.ratio.is_none() && layer.sides.iter().any(is_convolution) => BLOCK,
+            None if self.ratio.is_none() && !cx.has_target && group.sides.iter().any(is_convolution) => BLOCK,
             None => 1,
         };
-        let common = 1 << wanted.trailing_zeros().min(layer.width.trailing_zeros());
-        let multiple = if layer.width.is_multiple_of(wanted) { wanted } else { common };
-        layer.width - (layer.width - count).next_multiple_of(multiple)
-    }
-
-    /// The norm of each slice along `axis`.
-    fn norms(&self, values: &[f64], dims: &[usize], axis: usize) -> Vec<f64> {
-        let (step, extent) = (strides(dims)[axis], dims[axis]);
-        let mut sums = vec![0.0; extent];
-        for (i, value) in values.iter().enumerate() {
-            sums[i / step % extent] += if self.score == Score::L2 { value * value } else { value.abs() };
-        }
-        let each = (values.len() / extent.max(1)).max(1) as f64;
-        sums.into_iter()
-            .map(|sum| match self.score {
-                Score::L1 => sum,
-                Score::L2 => sum.sqrt(),
-                Score::Onorm => sum / each,
-            })
-            .collect()
+        let common = 1 << wanted.trailing_zeros().min(group.width.trailing_zeros());
+        let multiple = if group.width.is_multiple_of(wanted) { wanted } else { common };
+        group.width - (group.width - count).next_multiple_of(multiple)
     }
 }

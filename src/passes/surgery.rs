@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     analysis::channels::{Channels, Count},
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
+    refit::Kept,
 };
 
 /// Spares the best of the doomed classes of each axis that would be left without any.
@@ -20,7 +21,8 @@ pub(super) fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
 }
 
 /// Removes the classes `doomed` from every constant, and what spells their count; new constants are named after `pass`.
-pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>, pass: &str) {
+/// Answers which channels are left of each value that lost some.
+pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>, pass: &str) -> Kept {
     let stays =
         |value: Outlet, axis: usize, i: usize| channels.class(value, axis, i).is_none_or(|c| !doomed.contains(&c));
     let kept =
@@ -39,8 +41,13 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         respell(graph, count, &size, pass);
     }
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
+    let mut left = Kept::new();
     for (value, axis, kept, extent) in axes {
         if kept.len() == extent {
+            continue;
+        }
+        if graph.op(value.node).is_some() {
+            left.entry(graph.name(value).to_owned()).or_default().insert(axis, kept);
             continue;
         }
         let Some(weight) = selected.get(&value).or_else(|| graph.weight(value)) else { continue };
@@ -55,6 +62,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         graph.sweep(value.node);
     }
     graph.edit_extents(&extents);
+    left
 }
 
 /// Rewrites an attribute or constant that spells a count of channels.

@@ -1,19 +1,24 @@
 //! See [`Svd`].
 
-use std::sync::Arc;
-
-use nalgebra::DMatrix;
+use nalgebra::{DMatrix, DVector};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
+    analysis::{linear::Linear, moments::Moments},
     ir::{Graph, Inlet, NodeId, Op, Outlet},
-    linalg::Spectrum,
+    linalg::{Cholesky, Spectrum, product},
     pass::{Context, Declare, Fidelity, Pass, open_to_loss},
+    refit::Bias,
 };
 
 /// Split the weights of `Gemm` and `MatMul` into two factors of low rank.
 ///
 /// W (o×d) becomes B·A, B o×r and A r×d, the best approximation of its rank (Eckart & Young 1936; Xue 2013); one layer
 /// becomes two, and the bias stays with the second. That saves parameters where r < o·d / (o + d).
+///
+/// With samples, it is the best approximation of what the layer makes of what it reads: B holds the first eigenvectors of
+/// W·C·Wᵀ, C the covariance of what is read, and A is Bᵀ·W (Zhang 2015; Chen 2021). The bias takes the mean of what is lost,
+/// and the layers after the first one that is split are fitted to the original, one after another.
 ///
 /// Applies when: one operand is a constant matrix, transposed or behind `Identity` or `Transpose` or not. A weight with
 /// several readers is split for all of them or for none.
@@ -147,22 +152,36 @@ impl Svd {
             cx.decline(&name, &format!("pays only below rank {break_even}"));
             return None;
         }
-        let matrix = DMatrix::from_row_slice(rows, columns, &values);
-        let key = stored.value().hash() ^ self.rank.unwrap_or(0) as u64;
-        let spectrum = if let Some(spectrum) = cx.spectra.get(&key) {
-            Arc::clone(spectrum)
-        } else {
-            let spectrum = Arc::new(Spectrum::of(&matrix, self.rank)?);
-            cx.spectra.insert(key, Arc::clone(&spectrum));
-            spectrum
-        };
+        let metric = Metric::of(graph, weight, &layers, cx);
+        // What vectors are multiplied by, o×d.
+        let flip = metric.as_ref().is_some_and(|metric| metric.transposed);
+        let turned = |matrix: DMatrix<f64>| if flip { matrix.transpose() } else { matrix };
+        let matrix = turned(DMatrix::from_row_slice(rows, columns, &values));
+        let key =
+            stored.value().hash() ^ self.rank.unwrap_or(0) as u64 ^ metric.as_ref().map_or(0, |metric| metric.key);
+        let spectrum = cx.remember(key, || match &metric {
+            Some(metric) => Spectrum::of(&product(&matrix, &metric.root), self.rank),
+            None => Spectrum::of(&matrix, self.rank),
+        });
+        let spectrum = spectrum.as_ref().as_ref()?;
         let element = stored.stored_bytes() as f64 / (rows * columns) as f64;
-        let Some(rank) = self.choose(&spectrum, rows, columns, element, cx) else {
+        let Some(rank) = self.choose(spectrum, rows, columns, element, cx) else {
             cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
             return None;
         };
         cx.predicted += spectrum.tail(rank) / spectrum.total.max(f64::MIN_POSITIVE) * layers.len() as f64;
         let (left, right) = spectrum.factors(&matrix, rank);
+        if let Some(metric) = &metric {
+            let lost = (&matrix - product(&left, &right)) * &metric.mean;
+            for linear in &metric.layers {
+                let bias = Bias::of(graph, linear);
+                let values = bias.values(graph, linear)?;
+                let values: Vec<_> = values.iter().zip(lost.iter()).map(|(bias, lost)| bias + lost).collect();
+                bias.set(graph, linear, &values, Self::NAME)?;
+            }
+            cx.refit = true;
+        }
+        let (left, right) = if flip { (right.transpose(), left.transpose()) } else { (left, right) };
         let flat = |m: &DMatrix<f64>| m.transpose().as_slice().to_vec();
         let left = stored.fit(&[rows, rank], &flat(&left))?;
         let right = stored.fit(&[rank, columns], &flat(&right))?;
@@ -201,6 +220,46 @@ impl Svd {
         }
         let best = options.map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
         (cx.price.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
+    }
+}
+
+/// What the layers of a weight read, where samples tell.
+struct Metric {
+    layers: Vec<Linear>,
+    /// Whether the constant holds Wᵀ.
+    transposed: bool,
+    /// L with L·Lᵀ = C, the covariance of what is read.
+    root: DMatrix<f64>,
+    mean: DVector<f64>,
+    /// A hash of where it comes from.
+    key: u64,
+}
+
+impl Metric {
+    fn of(graph: &Graph, weight: Outlet, layers: &[Layer], cx: &Context) -> Option<Self> {
+        let linear = |layer: &Layer| Linear::of(graph, layer.node).filter(|linear| linear.weight == weight);
+        let layers = layers.iter().map(linear).collect::<Option<Vec<_>>>()?;
+        let transposed = layers.first()?.output_axis() == 1;
+        let mut all: Option<Moments> = None;
+        let mut hasher = Xxh3::new();
+        for linear in &layers {
+            let source = linear.source(graph);
+            hasher.update(source.as_bytes());
+            let [own] = &cx.moments.get(&source)?[..] else { return None };
+            Bias::of(graph, linear).values(graph, linear)?;
+            match &mut all {
+                Some(all) => all.merge(own),
+                None => all = Some(own.clone()),
+            }
+        }
+        let moments = all?;
+        let size = graph.constant(weight)?.dims()[usize::from(!transposed)];
+        if moments.sum.len() != size || layers.iter().any(|linear| (linear.output_axis() == 1) != transposed) {
+            return None;
+        }
+        // Directions that few samples do not show are no free ones.
+        let (factor, _) = Cholesky::ridged(&moments.covariance(), moments.ridge())?;
+        Some(Self { layers, transposed, root: factor.root(), mean: moments.mean(), key: hasher.digest() })
     }
 }
 

@@ -1,10 +1,10 @@
 //! Pipelines with lossy passes: those of a given strength run as they are, the others as far as the budget allows.
 
-use super::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, search::Search, within};
+use super::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, land, search::Search, stage::Stage, within};
 use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price},
-    pipeline::{self, Item},
+    pipeline::Item,
     verify::{Difference, ROUNDING_BUDGET, Reference, Samples, Split},
 };
 
@@ -57,17 +57,23 @@ impl<'a> Lossy<'a> {
     }
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let given: Vec<&Item> = self.job.items.iter().filter(|item| !item.is_free()).collect();
-        let is_lossy = given.iter().any(|item| item.fidelity() == Fidelity::Lossy);
-        let mut left = self.base.clone();
-        self.report.passes = pipeline::run(given, &mut left, cx, Price::default())?;
+        let stage = Stage::new(self.base, self.job, self.samples, cx, self.progress)?;
+        if self.job.target.is_some() {
+            return self.land(&stage, cx);
+        }
+        let is_given = |i: usize| !stage.items[i].is_free();
+        let is_lossy = (0..stage.items.len()).any(|i| is_given(i) && stage.items[i].fidelity() == Fidelity::Lossy);
+        let judge = stage.judge(self.model)?;
+        let left = stage.run(cx, &|i| is_given(i).then(Price::default), judge.as_ref(), self.progress)?;
+        self.report.passes = left.outcomes;
+        let left = left.model;
         let of_given = self.last.compare(&left)?;
         self.check_given(&of_given, is_lossy)?;
         if self.job.items.iter().any(Item::is_free) {
             self.report.budget = Some(self.budget);
             // Without a budget of its own, what comes on top is measured against what the given strengths left.
             let on_top = is_lossy && self.job.max_error.is_none();
-            if let Some((model, difference)) = self.search(on_top.then_some(&left), cx)? {
+            if let Some((model, difference)) = self.search(&stage, on_top.then_some(&left), cx)? {
                 self.report.difference = Some(difference);
                 return Ok(model);
             }
@@ -77,6 +83,20 @@ impl<'a> Lossy<'a> {
         }
         self.report.difference = Some(of_given);
         Ok(left)
+    }
+
+    /// Finds the price at which the result has the cost that is asked for, runs the passes at it, and checks what was given
+    /// beside it.
+    fn land(mut self, stage: &Stage<'_>, cx: &mut Context) -> Result<Model, ShrinkError> {
+        let price = land::price(stage, self.job, &self.report.before, cx, self.progress)?;
+        let judge = stage.judge(self.model)?;
+        let result = stage.run(cx, &|_| Some(Price::per_byte(price)), judge.as_ref(), self.progress)?;
+        self.report.passes = result.outcomes;
+        self.report.budget = self.job.max_error;
+        let difference = self.last.compare(&result.model)?;
+        self.check_given(&difference, true)?;
+        self.report.difference = Some(difference);
+        Ok(result.model)
     }
 
     /// Checks what passes of a given strength did.
@@ -106,7 +126,12 @@ impl<'a> Lossy<'a> {
 
     /// Searches for the smallest model inside the budget by the error against what given strengths left, or else against
     /// the original, and checks it on samples that the search did not see; also how it differs from the original.
-    fn search(&mut self, given: Option<&Model>, cx: &mut Context) -> Result<Option<(Model, Difference)>, ShrinkError> {
+    fn search(
+        &mut self,
+        stage: &Stage<'_>,
+        given: Option<&Model>,
+        cx: &mut Context,
+    ) -> Result<Option<(Model, Difference)>, ShrinkError> {
         let reference =
             |from, part| Reference::before_squashing(&self.job.request.engine, from, self.samples.part(part));
         let seen = reference(given.unwrap_or(self.model), Split::Search)?;
@@ -123,13 +148,12 @@ impl<'a> Lossy<'a> {
         let doubts = if self.samples.random { 2.0 } else { 1.0 };
         let margin = (1.0 - doubts / (seen.samples() as f64).sqrt()).clamp(MARGINS.0, MARGINS.1);
         let (mut aim, limit) = (budget * margin, budget * f64::midpoint(margin, 1.0));
-        let mut search = Search::new(self.base, &job.items, cx, &seen)?;
+        let mut search = Search::new(stage, cx, &seen);
         for _ in 0..RETRIES {
-            let Some(trial) = search.best(&|d| allowed(d, aim), budget, self.progress)? else { break };
+            let Some(trial) = search.best(&|d| allowed(d, aim), (aim, budget), self.progress)? else { break };
             (self.progress)("verifying on samples that the search did not see");
             let difference = last.compare(&trial.model)?;
             if allowed(&difference, limit) {
-                self.report.price = Some(trial.price);
                 self.report.passes = trial.outcomes;
                 let difference = if given.is_some() { self.last.compare(&trial.model)? } else { difference };
                 return Ok(Some((trial.model, difference)));

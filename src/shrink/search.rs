@@ -1,34 +1,37 @@
 //! How much the passes that the budget drives may do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::ShrinkError;
+use super::{ShrinkError, stage::Stage};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
     pass::{Context, Price},
-    pipeline::{self, Item, Outcome},
+    pipeline::Outcome,
     verify::{Difference, Reference},
 };
 
 /// The search for a price or a ceiling stops when it knows it to this ratio.
 const RATIO: f64 = 1.25;
-/// Prices are looked for this far from the first guess, up and down.
-const PRICE_SPAN: f64 = 1e8;
-/// Ceilings are looked for this far from the squared budget, up and down.
-const CEILING_SPAN: f64 = 100.0;
+/// The search for a price stops at an error of this share of what is aimed at.
+const NEAR: f64 = 0.97;
+/// Prices change at most by this factor before they are bracketed.
+const EXPANSION: f64 = 64.0;
+/// Prices that are tried at most.
+const MAX_STEPS: usize = 24;
+/// Prices and ceilings are looked for this far from the first guess, up and down.
+const SPAN: f64 = 1e8;
+/// How often a price is raised at which a pass that is measured alone does nothing.
+const RAISES: usize = 4;
 /// How often the passes are measured alone: at the first guess, and at the price that this led to.
 const CALIBRATIONS: usize = 2;
 
 /// The search for the greatest price inside the budget: one price for every lossy pass and layer, which at the joint
 /// optimum all pay equally for a byte.
 pub(super) struct Search<'a> {
-    /// The model as the items before the first free one leave it, and what these did.
-    start: (Model, Vec<Outcome>),
-    /// The items from the first free one on.
-    items: &'a [Item],
+    stage: &'a Stage<'a>,
     cx: &'a mut Context,
     reference: &'a Reference,
     /// Measured over predicted error, squared, of each item alone.
@@ -36,6 +39,10 @@ pub(super) struct Search<'a> {
     /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
     seen: BTreeMap<u64, Difference>,
     tried: usize,
+    /// Whether the models that are tried are refitted.
+    refits: bool,
+    /// The items that, each alone, lead to a refit.
+    refitted: BTreeSet<usize>,
     /// The bytes of the start, and of the smallest model inside the budget.
     bytes: usize,
     smallest: Option<usize>,
@@ -45,12 +52,34 @@ pub(super) struct Search<'a> {
 pub(super) struct Trial {
     pub(super) model: Model,
     pub(super) outcomes: Vec<Outcome>,
-    /// The price for each byte, before any ceiling.
-    pub(super) price: f64,
     difference: Difference,
     bytes: usize,
-    /// What each item was allowed.
+    refitted: bool,
+    /// What each item was allowed, by its own prediction.
     prices: Vec<Price>,
+}
+
+/// A price or ceiling, and the error that it led to; infinite where that is not known.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    at: f64,
+    error: f64,
+}
+
+impl Point {
+    /// The factor by which the price leads to `aim` if the squared error is in proportion to it.
+    fn towards(self, aim: f64) -> f64 {
+        let factor = (aim / self.error.max(aim * 1e-3)).powi(2);
+        if factor > 0.0 { factor } else { EXPANSION.recip() }
+    }
+
+    /// The price at which the error is `aim` if it is a power of the price through both points, kept away from their ends.
+    fn between(self, other: Self, aim: f64) -> f64 {
+        let (begin, width) = (self.at.ln(), (other.at / self.at).ln());
+        let share = (aim / self.error).ln() / (other.error / self.error).ln();
+        let share = if share.is_finite() && other.error.is_finite() { share.clamp(0.15, 0.85) } else { 0.5 };
+        (begin + share * width).exp()
+    }
 }
 
 /// Says what the search is at.
@@ -78,134 +107,145 @@ impl Best<'_> {
 }
 
 impl<'a> Search<'a> {
-    pub(super) fn new(
-        base: &Model,
-        items: &'a [Item],
-        cx: &'a mut Context,
-        reference: &'a Reference,
-    ) -> Result<Self, ShrinkError> {
-        let (before, items) = items.split_at(items.iter().position(Item::is_free).unwrap_or(items.len()));
-        let mut model = base.clone();
-        let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
-        let factors = vec![1.0; items.len()];
-        let bytes = Cost::bytes(&model);
-        let seen = BTreeMap::new();
-        Ok(Self { start: (model, outcomes), items, cx, reference, factors, seen, tried: 0, bytes, smallest: None })
+    pub(super) fn new(stage: &'a Stage<'a>, cx: &'a mut Context, reference: &'a Reference) -> Self {
+        let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
+        let bytes = Cost::bytes(&stage.start.0);
+        Self {
+            stage,
+            cx,
+            reference,
+            factors,
+            seen,
+            tried: 0,
+            refits: false,
+            refitted: BTreeSet::new(),
+            bytes,
+            smallest: None,
+        }
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
     pub(super) fn best(
         &mut self,
         allowed: Allowed<'_>,
-        budget: f64,
+        (aim, budget): (f64, f64),
         progress: Progress<'_>,
     ) -> Result<Option<Trial>, ShrinkError> {
         let mut best = Best { allowed, limit: budget, trial: None };
         // The whole budget for the whole file: the right order of magnitude.
         let mut price = budget * budget / self.bytes.max(1) as f64;
-        let free: Vec<_> = (0..self.items.len()).filter(|&i| self.items[i].is_free()).collect();
+        let free: Vec<_> = (0..self.stage.items.len()).filter(|&i| self.stage.items[i].is_free()).collect();
         for _ in 0..if free.len() > 1 { CALIBRATIONS } else { 1 } {
             if free.len() > 1 {
                 self.calibrate(&free, price, progress)?;
             }
-            price = self.price(price, &mut best, progress)?;
+            // What one number of measured error is in the predicted error of each item.
+            let factors = self.factors.clone();
+            let all = |price: f64| factors.iter().map(|factor| Price::per_byte(price / factor)).collect();
+            price = self.climb(price, aim, &all, &mut best, progress)?;
         }
         // What is left of the budget goes to one pass after another: each alone, then on top of what the others did.
-        let none = vec![Price::default(); self.items.len()];
+        let none = vec![Price::default(); self.stage.items.len()];
         if free.len() > 1 {
-            for &i in &free {
-                self.ceiling(i, &none, (price, budget), &mut best, progress)?;
+            let plain: Vec<_> = free.iter().copied().filter(|i| !self.refitted.contains(i)).collect();
+            for i in plain {
+                self.ceiling(i, &none, aim, &mut best, progress)?;
             }
         }
-        for &i in &free {
+        // A refit at each step is too much work for what an item gains that leads to one.
+        let plain: Vec<_> =
+            free.iter().copied().filter(|i| free.len() == 1 && !self.refits || !self.refitted.contains(i)).collect();
+        for i in plain {
             let prices = best.trial.as_ref().map_or(&none, |trial| &trial.prices).clone();
-            self.ceiling(i, &prices, (price, budget), &mut best, progress)?;
+            self.ceiling(i, &prices, aim, &mut best, progress)?;
         }
         Ok(best.trial)
     }
 
-    /// Bisects for the greatest price inside the budget, from a first guess.
-    fn price(&mut self, guess: f64, best: &mut Best<'_>, progress: Progress<'_>) -> Result<f64, ShrinkError> {
-        let mut attempt = |per_byte: f64| {
-            let prices = vec![Price::per_byte(per_byte); self.items.len()];
-            self.attempt(per_byte, &prices, best, progress)
-        };
-        let (mut low, mut high) = (guess, guess);
-        if attempt(guess)? {
-            while high < guess * PRICE_SPAN {
-                high *= 8.0;
-                if !attempt(high)? {
-                    break;
-                }
-                low = high;
-            }
-        } else {
-            while low > guess / PRICE_SPAN {
-                low /= 8.0;
-                if attempt(low)? {
-                    break;
-                }
-                high = low;
-            }
+    /// Looks for the greatest number that, as the prices that `prices` makes of it, stays inside the budget, from a first
+    /// guess. The squared error is about a power of it: each next one is where that power, through the last two, meets the
+    /// aim. Answers that number, or a smaller one if nothing is inside.
+    fn climb(
+        &mut self,
+        guess: f64,
+        aim: f64,
+        prices: &dyn Fn(f64) -> Vec<Price>,
+        best: &mut Best<'_>,
+        progress: Progress<'_>,
+    ) -> Result<f64, ShrinkError> {
+        let (mut low, mut high): (Option<Point>, Option<Point>) = (None, None);
+        let mut at = guess;
+        for _ in 0..MAX_STEPS {
+            let (good, error) = self.attempt(&prices(at), best, progress)?;
+            let point = Point { at, error };
+            *(if good { &mut low } else { &mut high }) = Some(point);
+            at = match (low, high) {
+                (Some(low), _) if low.error >= aim * NEAR && low.error <= aim => break,
+                (Some(low), None) if low.at >= guess * SPAN => break,
+                (None, Some(high)) if high.at <= guess / SPAN => break,
+                (Some(low), None) => low.at * low.towards(aim).clamp(2.0, EXPANSION),
+                (None, Some(high)) => high.at * high.towards(aim).clamp(EXPANSION.recip(), 0.5),
+                (Some(low), Some(high)) if high.at / low.at <= RATIO => break,
+                (Some(low), Some(high)) => low.between(high, aim),
+                (None, None) => break,
+            };
         }
-        while high / low > RATIO {
-            let middle = (low * high).sqrt();
-            if attempt(middle)? {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
-        Ok(low)
+        Ok(low.map_or(at, |low| low.at))
     }
 
-    /// Bisects for the highest ceiling of item `i` inside the budget while the others keep to `prices`: what no price
+    /// Looks for the highest ceiling of item `i` inside the budget while the others keep to `prices`: what no price
     /// reaches, since the saving is too small for its error wherever an item stands alone, a ceiling does.
     fn ceiling(
         &mut self,
         i: usize,
         prices: &[Price],
-        (price, budget): (f64, f64),
+        aim: f64,
         best: &mut Best<'_>,
         progress: Progress<'_>,
     ) -> Result<(), ShrinkError> {
-        let (mut floor, mut top) = (budget * budget / CEILING_SPAN, budget * budget * CEILING_SPAN);
-        while top / floor > RATIO {
-            let ceiling = (floor * top).sqrt();
+        let with = |ceiling: f64| {
             let mut prices = prices.to_vec();
             prices[i] = Price { per_byte: f64::INFINITY, ceiling };
-            if self.attempt(price, &prices, best, progress)? {
-                floor = ceiling;
-            } else {
-                top = ceiling;
-            }
-        }
-        Ok(())
+            prices
+        };
+        self.climb(aim * aim / self.factors[i], aim, &with, best, progress).map(drop)
     }
 
-    /// Tries what each item does at its price; says whether it is inside the budget.
+    /// Tries what each item does at its price; says whether it is inside the budget, and the error.
     fn attempt(
         &mut self,
-        price: f64,
         prices: &[Price],
         best: &mut Best<'_>,
         progress: Progress<'_>,
-    ) -> Result<bool, ShrinkError> {
-        let good = best.offer(self.measure(price, prices, &[], best.limit, progress)?);
+    ) -> Result<(bool, f64), ShrinkError> {
+        let trial = self.measure(prices, &[], best.limit, progress)?;
+        let error = trial.difference.error;
+        let good = best.offer(trial);
         self.smallest = best.trial.as_ref().map(|trial| trial.bytes);
-        Ok(good)
+        Ok((good, error))
     }
 
     /// Measures each free item alone at one price: only then are the predictions of different passes worth the same.
     fn calibrate(&mut self, free: &[usize], price: f64, progress: Progress<'_>) -> Result<(), ShrinkError> {
         for &i in free {
             let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
-            let prices = vec![Price::per_byte(price); self.items.len()];
-            let trial = self.measure(price, &prices, &others, f64::INFINITY, progress)?;
-            let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
-            let measured = trial.difference.error.powi(2);
-            if predicted > 0.0 && measured.is_finite() && measured > 0.0 {
-                self.factors[i] = measured / predicted;
+            // An item that does nothing yet, since its first step is a large one, is measured at a price at which it does.
+            let mut price = price;
+            for _ in 0..RAISES {
+                let prices = vec![Price::per_byte(price / self.factors[i]); self.stage.items.len()];
+                let trial = self.measure(&prices, &others, f64::INFINITY, progress)?;
+                if trial.refitted {
+                    self.refitted.insert(i);
+                }
+                let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
+                let measured = trial.difference.error.powi(2);
+                if predicted > 0.0 {
+                    if measured.is_finite() && measured > 0.0 {
+                        self.factors[i] = measured / predicted;
+                    }
+                    break;
+                }
+                price *= EXPANSION;
             }
         }
         Ok(())
@@ -214,7 +254,6 @@ impl<'a> Search<'a> {
     /// Runs all items but those `left_out`, each at its price, and measures.
     fn measure(
         &mut self,
-        price: f64,
         prices: &[Price],
         left_out: &[usize],
         limit: f64,
@@ -223,15 +262,21 @@ impl<'a> Search<'a> {
         self.tried += 1;
         let share = |bytes: usize| format!(", {:.1} % of the bytes so far", bytes as f64 / self.bytes as f64 * 100.0);
         progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
-        let (mut model, mut outcomes) = self.start.clone();
-        for (i, item) in self.items.iter().enumerate().filter(|(i, _)| !left_out.contains(i)) {
-            let factor = self.factors[i];
-            let own = Price { per_byte: prices[i].per_byte / factor, ceiling: prices[i].ceiling / factor };
-            outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, self.cx, own)?);
-        }
-        let difference = self.difference(&model, limit)?;
-        let bytes = Cost::bytes(&model);
-        Ok(Trial { model, outcomes, price, difference, bytes, prices: prices.to_vec() })
+        let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
+        let result = self.stage.run(self.cx, &own, Some(self.reference), progress)?;
+        self.refits |= result.refitted;
+        // The search for a price learns from the error above the limit too, and measuring is little beside a refit.
+        let limit = if result.refitted { f64::INFINITY } else { limit };
+        let difference = self.difference(&result.model, limit)?;
+        let bytes = Cost::bytes(&result.model);
+        Ok(Trial {
+            model: result.model,
+            outcomes: result.outcomes,
+            difference,
+            bytes,
+            refitted: result.refitted,
+            prices: prices.to_vec(),
+        })
     }
 
     /// How `model` differs from the reference; of an error above `limit` no more than that is known.

@@ -19,7 +19,7 @@ use crate::{
         shapes::{Fact, Shapes},
     },
     codec::Model,
-    ir::DType,
+    ir::{DType, Outlet},
 };
 
 /// A tensor that a model is fed or makes; the values of every type fit `f64` but for integers beyond 2⁵³.
@@ -78,6 +78,9 @@ pub enum Cannot {
     /// Two models that can only be compared region by region differ as wholes.
     #[error("the two models have different {0}, and one of them can't be run as a whole")]
     Interface(&'static str),
+    /// A part of a model can't be run by itself.
+    #[error("what is computed from `{0}` on can't be run by itself")]
+    Segment(String),
     /// A model that is compared reads what the original does not.
     #[error("it has an input `{0}`, which the original lacks")]
     ForeignInput(String),
@@ -158,6 +161,63 @@ impl Engine {
     }
 }
 
+/// A model ready to show some of its values.
+#[derive(Debug)]
+pub struct Probe {
+    /// `None` where nothing has to be computed.
+    runner: Option<Runner>,
+    /// Where each value is found.
+    places: Vec<Place>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Input(usize),
+    Output(usize),
+}
+
+impl Probe {
+    /// The values for one sample.
+    ///
+    /// # Errors
+    ///
+    /// When the engine fails on it.
+    pub fn run(&self, sample: &[Value]) -> Result<Vec<Value>, Cannot> {
+        let mut found = self.runner.as_ref().map_or(Ok(Vec::new()), |runner| runner.run(sample))?;
+        let mut take = |place: &Place| match *place {
+            Place::Input(i) => sample[i].clone(),
+            Place::Output(i) => {
+                std::mem::replace(&mut found[i], Value { dims: vec![], values: vec![], is_float: true })
+            }
+        };
+        Ok(self.places.iter().map(&mut take).collect())
+    }
+}
+
+impl Engine {
+    /// Prepares `model` to show `values`, each once, for inputs shaped like `sample`.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare).
+    pub fn probe(&self, model: &Model, values: &[Outlet], sample: &[Value]) -> Result<Probe, Cannot> {
+        let graph = &model.graph;
+        let input = |value: &Outlet| graph.fed_inputs().position(|input| input.node.out() == *value);
+        let computed: Vec<_> = values.iter().copied().filter(|value| input(value).is_none()).collect();
+        let place = |value: &Outlet| match input(value) {
+            Some(i) => Place::Input(i),
+            None => Place::Output(computed.iter().position(|other| other == value).unwrap_or_default()),
+        };
+        let places = values.iter().map(place).collect();
+        let runner = if computed.is_empty() {
+            None
+        } else {
+            Some(self.prepare(&model.with_graph(graph.computing(&computed)), sample)?)
+        };
+        Ok(Probe { runner, places })
+    }
+}
+
 /// A model whose every constant is inside, and the types of the inputs to feed.
 struct Prepared<'a> {
     model: &'a Model,
@@ -165,7 +225,7 @@ struct Prepared<'a> {
 }
 
 /// A model that an engine has loaded.
-trait Run {
+trait Run: Send + Sync {
     /// The outputs for one sample.
     fn run(&self, sample: &[Value]) -> Result<Vec<Value>, Cannot>;
 }

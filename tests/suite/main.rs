@@ -2,6 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod backend;
+mod calibration;
 mod cli;
 mod codec;
 mod models;

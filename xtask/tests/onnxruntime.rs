@@ -63,15 +63,7 @@ fn both_engines_agree_on_every_model_and_pass_fixture() {
 #[test]
 fn lossy_passes_are_searched_and_checked_in_onnxruntime() {
     for (path, model) in models() {
-        let job = Job {
-            items: pipeline::parse("svd,prune").unwrap(),
-            request: request(),
-            max_error: None,
-            max_flips: None,
-            keep: Vec::new(),
-            keep_initializer_inputs: false,
-            verify: true,
-        };
+        let job = Job { items: pipeline::parse("svd,prune").unwrap(), request: request(), ..Job::default() };
         let (small, report) = shrink(&model, &job, &mut |_| {}).unwrap();
         assert!(report.difference.unwrap().error <= report.budget.unwrap(), "{}", path.display());
         assert!(small.encode().len() <= model.encode().len(), "{}", path.display());

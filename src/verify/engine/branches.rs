@@ -1,6 +1,6 @@
 //! Running models with `If`s in an engine that can't: each condition is computed first, and the branch taken put in place.
 
-use std::cell::OnceCell;
+use std::sync::OnceLock;
 
 use super::{Cannot, Prepared, Run, Value, tract};
 use crate::{
@@ -18,7 +18,7 @@ pub(super) enum Branches {
         graph: Box<Model>,
         node: NodeId,
         types: Vec<DType>,
-        cases: [OnceCell<Box<Self>>; 2],
+        cases: [OnceLock<Box<Self>>; 2],
     },
 }
 
@@ -38,7 +38,7 @@ impl Branches {
                 take(&mut model.graph, node, condition != 0)?;
                 continue;
             }
-            let condition = asked.map(|value| model.with_graph(graph.computing(value)));
+            let condition = asked.map(|value| model.with_graph(graph.computing(&[value])));
             let condition = condition.ok_or_else(|| unusual(graph, node))?;
             let types = prepared.types.clone();
             let asked = Prepared { model: &condition, types: types.clone() };

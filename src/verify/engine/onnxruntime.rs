@@ -1,7 +1,6 @@
 //! Runs a model in ONNX Runtime, which is looked for when it is asked for and linked by nobody.
 
 use std::{
-    cell::RefCell,
     fmt,
     path::Path,
     sync::{Mutex, PoisonError},
@@ -60,7 +59,7 @@ impl Library {
         })?;
         let names = prepared.model.graph.fed_inputs().map(|input| input.info.name().to_owned()).collect();
         let outputs = prepared.model.graph.outputs().iter().map(|output| output.info.name().to_owned()).collect();
-        let loaded = Loaded { session: RefCell::new(session), names, outputs, types: prepared.types.clone() };
+        let loaded = Loaded { session: Mutex::new(session), names, outputs, types: prepared.types.clone() };
         loaded.run(sample)?;
         Ok(loaded)
     }
@@ -68,7 +67,7 @@ impl Library {
 
 /// A model that ONNX Runtime has loaded.
 pub(super) struct Loaded {
-    session: RefCell<Session>,
+    session: Mutex<Session>,
     names: Vec<String>,
     outputs: Vec<String>,
     types: Vec<DType>,
@@ -80,7 +79,7 @@ impl Run for Loaded {
             let feeds = self.names.iter().zip(sample).zip(&self.types);
             let feeds = feeds.map(|((name, value), &dtype)| anyhow::Ok((name.as_str(), input(value, dtype)?)));
             let feeds = feeds.collect::<anyhow::Result<Vec<_>>>()?;
-            let mut session = self.session.borrow_mut();
+            let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
             let found = session.run(feeds)?;
             let get = |name: &String| found.get(name).ok_or_else(|| anyhow::anyhow!("output `{name}` is missing"));
             self.outputs.iter().map(|name| output(get(name)?)).collect::<anyhow::Result<_>>()

@@ -1,0 +1,110 @@
+//! Products and ridge systems over statistics of vectors.
+
+use faer::{
+    Accum, Mat, MatMut, Par, Side,
+    linalg::{
+        matmul::{
+            matmul,
+            triangular::{self, BlockStructure},
+        },
+        solvers::{Llt, Solve},
+    },
+};
+use nalgebra::DMatrix;
+use rayon::prelude::*;
+
+use super::{owned, view};
+
+/// A ridge is raised tenfold until the system can be solved, up to this share of the mean of the diagonal.
+const MAX_RIDGE: f64 = 1.0;
+
+fn view_mut(matrix: &mut DMatrix<f64>) -> MatMut<'_, f64> {
+    let (rows, columns) = matrix.shape();
+    MatMut::from_column_major_slice_mut(matrix.as_mut_slice(), rows, columns)
+}
+
+/// A·B.
+#[must_use]
+pub fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
+    let mut result = DMatrix::zeros(a.nrows(), b.ncols());
+    matmul(view_mut(&mut result), Accum::Replace, view(a), view(b), 1.0, Par::Seq);
+    result
+}
+
+/// Columns of a sum of products that one task computes: the same blocks, whatever the number of threads.
+const BLOCK: usize = 128;
+
+/// Adds X·Xᵀ to the lower triangle of `sum` (d×d), for X (d×n) of the columns `vectors`.
+pub fn add_gram(sum: &mut DMatrix<f64>, vectors: &DMatrix<f64>) {
+    let size = sum.nrows();
+    let (lower, full, x) = (BlockStructure::TriangularLower, BlockStructure::Rectangular, view(vectors));
+    sum.as_mut_slice().par_chunks_mut(size * BLOCK).enumerate().for_each(|(i, columns)| {
+        let (begin, width) = (i * BLOCK, columns.len() / size);
+        let block = MatMut::from_column_major_slice_mut(columns, size, width);
+        let (_, below) = block.split_at_row_mut(begin);
+        let (square, rest) = below.split_at_row_mut(width);
+        let (own, after) = (x.subrows(begin, width), x.subrows(begin + width, size - begin - width));
+        triangular::matmul(square, lower, Accum::Add, own, full, own.transpose(), full, 1.0, Par::Seq);
+        matmul(rest, Accum::Add, after, own.transpose(), 1.0, Par::Seq);
+    });
+}
+
+/// Adds Y·Xᵀ to `sum` (o×d), for Y (o×n) and X (d×n).
+pub fn add_cross(sum: &mut DMatrix<f64>, y: &DMatrix<f64>, x: &DMatrix<f64>) {
+    matmul(view_mut(sum), Accum::Add, view(y), view(x).transpose(), 1.0, Par::Seq);
+}
+
+/// tr(W·C·Wᵀ) for W (o×d) and a symmetric C (d×d): the energy of what the rows of W make of vectors of covariance C.
+#[must_use]
+pub fn energy(weight: &DMatrix<f64>, covariance: &DMatrix<f64>) -> f64 {
+    product(weight, covariance).dot(weight)
+}
+
+/// A factorized symmetric positive definite matrix.
+#[derive(Debug)]
+pub struct Cholesky(Llt<f64>);
+
+impl Cholesky {
+    /// Factorizes C + λI, of which the lower triangle is read, with λ a share `ridge` of the mean of the diagonal, raised
+    /// until that works; also λ. `None` where nothing works: C is not finite, or zero.
+    #[must_use]
+    pub fn ridged(covariance: &DMatrix<f64>, ridge: f64) -> Option<(Self, f64)> {
+        let mean = covariance.diagonal().mean();
+        if !mean.is_finite() || mean <= 0.0 {
+            return None;
+        }
+        let mut share = ridge;
+        while share <= MAX_RIDGE * 1.5 {
+            let lambda = share * mean;
+            let mut raised = covariance.clone();
+            for i in 0..raised.nrows() {
+                raised[(i, i)] += lambda;
+            }
+            if let Ok(factor) = Llt::new(view(&raised), Side::Lower) {
+                return Some((Self(factor), lambda));
+            }
+            share *= 10.0;
+        }
+        None
+    }
+
+    /// X with X·(C + λI) = B, for B (o×d).
+    #[must_use]
+    pub fn solve_right(&self, b: &DMatrix<f64>) -> DMatrix<f64> {
+        let solved = self.0.solve(view(b).transpose());
+        owned(solved.transpose())
+    }
+
+    /// L with L·Lᵀ = C + λI.
+    #[must_use]
+    pub fn root(&self) -> DMatrix<f64> {
+        owned(self.0.L())
+    }
+
+    /// (C + λI)⁻¹, for methods that update the inverse itself.
+    #[must_use]
+    pub fn inverse(&self, size: usize) -> DMatrix<f64> {
+        let solved = self.0.solve(Mat::<f64>::identity(size, size));
+        owned(solved.as_ref())
+    }
+}

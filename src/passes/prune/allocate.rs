@@ -1,0 +1,189 @@
+//! How many channels of each layer go: always those next that cost the least error for what they save, until the price is
+//! reached. At every stop all layers pay the same price for a byte (or a multiply-add), which is what a joint optimum does.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{Group, curve::Curve};
+use crate::{
+    analysis::{channels::Channels, cost::macs, shapes::Shapes},
+    ir::{Graph, Kind, Outlet},
+    pass::{Minimize, Price},
+};
+
+/// An extent, as so many that stay and so many for each unit of a group.
+struct Extent {
+    fixed: f64,
+    units: Vec<(usize, f64)>,
+}
+
+/// A cost that is a product of extents.
+struct Term {
+    factor: f64,
+    extents: Vec<Extent>,
+}
+
+/// What a graph costs, by how many units of each group are left.
+pub(super) struct Costs {
+    terms: Vec<Term>,
+    /// The terms that each group is in.
+    of_group: Vec<Vec<usize>>,
+}
+
+impl Extent {
+    fn at(&self, left: &[usize]) -> f64 {
+        self.fixed + self.units.iter().map(|&(group, each)| each * left[group] as f64).sum::<f64>()
+    }
+}
+
+impl Costs {
+    /// The costs of `graph` of the kind that is to be saved.
+    pub(super) fn of(
+        graph: &Graph,
+        shapes: &Shapes,
+        channels: &Channels,
+        groups: &[Group],
+        minimize: Minimize,
+    ) -> Self {
+        let mut group_of = BTreeMap::new();
+        for (i, group) in groups.iter().enumerate() {
+            group_of.extend(group.units.iter().map(|&class| (class, i)));
+        }
+        let extent = |value: Outlet, axis: usize| {
+            let length = channels.extent(value, axis)?;
+            let mut counts: BTreeMap<usize, f64> = BTreeMap::new();
+            for index in 0..length {
+                let class = channels.class(value, axis, index)?;
+                if let Some(&group) = group_of.get(&class) {
+                    *counts.entry(group).or_default() += 1.0;
+                }
+            }
+            let fixed = length as f64 - counts.values().sum::<f64>();
+            let units = counts.into_iter().map(|(group, n)| (group, n / groups[group].units.len() as f64)).collect();
+            Some(Extent { fixed, units })
+        };
+        let mut terms = Vec::new();
+        let mut term = |whole: f64, axes: &[(Outlet, usize)]| {
+            let all: Option<Vec<_>> = axes.iter().map(|&(value, axis)| extent(value, axis)).collect();
+            let Some(all) = all else { return };
+            let extents = |all: Vec<Extent>| all.into_iter().filter(|e| !e.units.is_empty()).collect::<Vec<_>>();
+            let full: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
+            let extents = extents(all);
+            if !extents.is_empty() {
+                let product: f64 = extents.iter().map(|extent| extent.at(&full)).product();
+                terms.push(Term { factor: whole / product.max(1.0), extents });
+            }
+        };
+        for id in graph.node_ids() {
+            if let (Minimize::Bytes, Kind::Const(constant)) = (minimize, graph.kind(id)) {
+                let axes: Vec<_> = (0..constant.weight.value().dims().len()).map(|axis| (id.out(), axis)).collect();
+                term(constant.weight.stored_bytes() as f64, &axes);
+            }
+            let Some(macs) = macs(graph, shapes, id).filter(|_| minimize == Minimize::Macs) else { continue };
+            let (y, rank) = (id.out(), shapes.rank(id.out()).unwrap_or(0));
+            let Some(op) = graph.op(id) else { continue };
+            let axes = if op.is("Conv") || op.is("ConvTranspose") {
+                graph.operand(id, 1).map(|w| vec![(w, 0), (w, 1)])
+            } else {
+                let inner = |a: Outlet| {
+                    let rank = shapes.rank(a)?;
+                    let flipped = op.is("Gemm") && op.int("transA") == Some(1);
+                    Some((a, if flipped { 0 } else { rank.checked_sub(1)? }))
+                };
+                let results = (0..rank).map(|axis| (y, axis));
+                graph.operand(id, 0).and_then(inner).map(|inner| results.chain([inner]).collect())
+            };
+            if let Some(axes) = axes {
+                term(macs as f64, &axes);
+            }
+        }
+        let mut of_group = vec![Vec::new(); groups.len()];
+        for (i, term) in terms.iter().enumerate() {
+            for &(group, _) in term.extents.iter().flat_map(|extent| &extent.units) {
+                if of_group[group].last() != Some(&i) {
+                    of_group[group].push(i);
+                }
+            }
+        }
+        Self { terms, of_group }
+    }
+
+    /// What one more unit of `group` costs where so many are left.
+    fn marginal(&self, group: usize, left: &[usize]) -> f64 {
+        let terms = self.of_group[group].iter().map(|&i| &self.terms[i]);
+        let each = |term: &Term| {
+            let extents: Vec<f64> = term.extents.iter().map(|extent| extent.at(left)).collect();
+            let product: f64 = extents.iter().product();
+            let shares = term.extents.iter().zip(&extents).map(|(extent, at)| {
+                let own = extent.units.iter().filter(|unit| unit.0 == group).map(|unit| unit.1).sum::<f64>();
+                own / at.max(f64::MIN_POSITIVE)
+            });
+            term.factor * product * shares.sum::<f64>()
+        };
+        terms.map(each).sum()
+    }
+}
+
+/// The counts that a group can be left with, from the full one down, each with the error there and the slope towards it: the
+/// error for each unit on the lower convex hull of the curve.
+struct Steps {
+    counts: Vec<usize>,
+    slopes: Vec<f64>,
+}
+
+impl Steps {
+    fn of(curve: &Curve, width: usize, allowed: impl Fn(usize) -> bool) -> Self {
+        let error = |gone: usize| if gone == 0 { 0.0 } else { curve.errors[gone - 1] };
+        let gone: Vec<usize> = (0..=curve.order.len()).filter(|&gone| gone == 0 || allowed(gone)).collect();
+        let mut hull: Vec<usize> = Vec::new();
+        for &next in &gone {
+            while let [.., a, b] = hull[..] {
+                let slope = |from: usize, to: usize| (error(to) - error(from)) / (to - from) as f64;
+                if slope(a, b) < slope(b, next) {
+                    break;
+                }
+                hull.pop();
+            }
+            hull.push(next);
+        }
+        let slope = |step: usize| {
+            let end = hull.partition_point(|&point| point < step);
+            let (from, to) = (hull[end - 1], hull[end]);
+            ((error(to) - error(from)) / (to - from) as f64).max(0.0)
+        };
+        let slopes = gone[1..].iter().map(|&step| slope(step)).collect();
+        Self { counts: gone.iter().map(|gone| width - gone).collect(), slopes }
+    }
+}
+
+/// How many units of each group go at `price`; `allowed` says whether so many may.
+pub(super) fn allocate(
+    groups: &[Group],
+    curves: &[Arc<Curve>],
+    costs: &Costs,
+    price: Price,
+    allowed: &dyn Fn(usize, usize) -> bool,
+) -> Vec<usize> {
+    let steps = groups.iter().zip(curves).enumerate();
+    let steps: Vec<_> =
+        steps.map(|(i, (group, curve))| Steps::of(curve, group.units.len(), |gone| allowed(i, gone))).collect();
+    let mut left: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
+    let mut at = vec![0; groups.len()];
+    // The groups whose marginal costs changed with the last step are those that share a term with it: all are looked at.
+    loop {
+        let offer = |i: usize| {
+            let slope = *steps[i].slopes.get(at[i])?;
+            let gone = groups[i].units.len() - steps[i].counts[at[i] + 1];
+            if curves[i].errors[gone - 1] > price.ceiling {
+                return None;
+            }
+            let saved = costs.marginal(i, &left);
+            let asked = if slope <= 0.0 { 0.0 } else { slope * groups[i].sensitivity / saved };
+            (saved > 0.0 && asked < price.per_byte).then_some((asked, i))
+        };
+        let best = (0..groups.len()).filter_map(offer).min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let Some((_, i)) = best else { break };
+        at[i] += 1;
+        left[i] = steps[i].counts[at[i]];
+    }
+    groups.iter().zip(&left).map(|(group, left)| group.units.len() - left).collect()
+}

@@ -1,0 +1,239 @@
+//! How much error removing the channels of a layer makes, one after another.
+
+use nalgebra::{DMatrix, DVector};
+
+use crate::linalg::{Cholesky, energy};
+
+/// Channels that are removed between two looks at what each would cost, as a share of those that are left: a small one, since
+/// every removal changes the cost of the others.
+const ROUND: usize = 64;
+
+/// The order in which the units of a layer go, and the error when they are gone.
+#[derive(Clone, Debug)]
+pub(super) struct Curve {
+    /// Units, the first to go first; the last one is not among them.
+    pub(super) order: Vec<usize>,
+    /// The error, relative and squared, summed over readers, when as many are gone and the readers make up for it.
+    pub(super) errors: Vec<f64>,
+}
+
+/// A weight that reads the channels of a layer, as W·x for x of a known covariance.
+#[derive(Clone)]
+pub(super) struct Reader {
+    /// W, o×d.
+    weight: DMatrix<f64>,
+    /// (C + λI)⁻¹, d×d.
+    inverse: DMatrix<f64>,
+    /// tr(W·C·Wᵀ).
+    energy: f64,
+    /// The columns that each unit is read by.
+    columns: Vec<Vec<usize>>,
+}
+
+impl Reader {
+    /// `None` where nothing that is read varies.
+    pub(super) fn new(
+        weight: DMatrix<f64>,
+        covariance: &DMatrix<f64>,
+        ridge: f64,
+        columns: Vec<Vec<usize>>,
+    ) -> Option<Self> {
+        let energy = energy(&weight, covariance);
+        let (factor, _) = Cholesky::ridged(covariance, ridge)?;
+        let inverse = factor.inverse(covariance.nrows());
+        (energy > 0.0 && energy.is_finite()).then_some(Self { weight, inverse, energy, columns })
+    }
+
+    /// The inverse's block of `unit`, inverted, and W's columns of it.
+    fn block(&self, unit: usize) -> Option<(DMatrix<f64>, DMatrix<f64>)> {
+        let columns = &self.columns[unit];
+        let block = DMatrix::from_fn(columns.len(), columns.len(), |i, j| self.inverse[(columns[i], columns[j])]);
+        Some((block.cholesky()?.inverse(), self.weight.select_columns(columns)))
+    }
+
+    /// What removing `unit` adds to the error, the others making up for it: `tr(W_J·(H⁻¹_JJ)⁻¹·W_Jᵀ)` (Hassibi & Stork 1993, by
+    /// blocks as in Kurtic 2023), as a share of the energy.
+    fn cost(&self, unit: usize) -> f64 {
+        if self.columns[unit].is_empty() {
+            return 0.0;
+        }
+        self.block(unit).map_or(f64::INFINITY, |(block, own)| (&own * block).dot(&own) / self.energy)
+    }
+
+    /// Removes `unit`: `W ← W − W_J·(H⁻¹_JJ)⁻¹·H⁻¹_J`, and `H⁻¹ ← H⁻¹ − H⁻¹_J·(H⁻¹_JJ)⁻¹·H⁻¹_Jᵀ`.
+    fn remove(&mut self, unit: usize) {
+        let columns = self.columns[unit].clone();
+        if columns.is_empty() {
+            return;
+        }
+        let Some((block, own)) = self.block(unit) else { return };
+        let across = self.inverse.select_columns(&columns);
+        let turned = &block * across.transpose();
+        self.weight.gemm(-1.0, &own, &turned, 1.0);
+        self.inverse.gemm(-1.0, &across, &turned, 1.0);
+        for &j in &columns {
+            self.weight.column_mut(j).fill(0.0);
+            self.inverse.column_mut(j).fill(0.0);
+            self.inverse.row_mut(j).fill(0.0);
+            self.inverse[(j, j)] = 1.0;
+        }
+    }
+}
+
+impl Curve {
+    /// Greedy structured OBS over all `readers` of `count` units (Hassibi & Stork 1993; Kurtic 2023): always the unit goes
+    /// that costs least.
+    pub(super) fn greedy(mut readers: Vec<Reader>, count: usize) -> Self {
+        let (mut left, mut error) = ((0..count).collect::<Vec<_>>(), 0.0);
+        let mut curve = Self { order: Vec::new(), errors: Vec::new() };
+        while left.len() > 1 {
+            let cost = |unit: usize| readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
+            let mut costs: Vec<_> = left.iter().map(|&unit| (cost(unit), unit)).collect();
+            costs.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            for &(_, unit) in costs.iter().take((left.len() / ROUND).max(1).min(left.len() - 1)) {
+                error += readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
+                for reader in &mut readers {
+                    reader.remove(unit);
+                }
+                left.retain(|&other| other != unit);
+                curve.order.push(unit);
+                curve.errors.push(error);
+            }
+        }
+        curve
+    }
+
+    /// The units in the order of their scores, the smallest first; each reader makes up for what went before.
+    pub(super) fn scored(mut readers: Vec<Reader>, scores: &[f64]) -> Self {
+        let order = ascending(scores);
+        let mut error = 0.0;
+        let errors = order.iter().map(|&unit| {
+            error += readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
+            for reader in &mut readers {
+                reader.remove(unit);
+            }
+            error
+        });
+        let errors = errors.collect();
+        Self { order, errors }
+    }
+
+    /// The units in the order of their scores, where nothing is known of what is read: the error is the share of the squared
+    /// scores.
+    pub(super) fn blind(scores: &[f64]) -> Self {
+        let order = ascending(scores);
+        let total: f64 = scores.iter().map(|score| score * score).sum();
+        let mut error = 0.0;
+        let errors = order.iter().map(|&unit| {
+            error += if total > 0.0 { scores[unit] * scores[unit] / total } else { 0.0 };
+            error
+        });
+        let errors = errors.collect();
+        Self { order, errors }
+    }
+}
+
+/// All units but the one of the largest score, by score.
+fn ascending(scores: &[f64]) -> Vec<usize> {
+    let mut order: Vec<_> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
+    order.truncate(scores.len().saturating_sub(1));
+    order
+}
+
+/// The order in which the LASSO (Y. He 2017), in its Gram form, drops units as its price rises: the first to be dropped for
+/// good has the smallest score. `gram` is `G_ij = tr(W_i·C_ij·W_jᵀ)` over the units.
+pub(super) fn lasso(gram: &DMatrix<f64>) -> Vec<f64> {
+    const STEPS: i32 = 60;
+    const SWEEPS: usize = 8;
+    let count = gram.nrows();
+    let target = gram.column_sum();
+    let largest = target.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
+    let mut beta = DVector::from_element(count, 1.0);
+    let mut scores = vec![0.0; count];
+    for step in 0..STEPS {
+        let price = largest * libm::pow(10.0, f64::from(step - STEPS) / 15.0);
+        for _ in 0..SWEEPS {
+            for j in 0..count {
+                let diagonal = gram[(j, j)];
+                if diagonal <= 0.0 {
+                    beta[j] = 0.0;
+                    continue;
+                }
+                let rest = target[j] - gram.column(j).dot(&beta) + diagonal * beta[j];
+                beta[j] = rest.signum() * (rest.abs() - price).max(0.0) / diagonal;
+            }
+        }
+        for j in (0..count).filter(|&j| beta[j] != 0.0) {
+            scores[j] = f64::from(step) + 1.0 + beta[j].abs().min(1e3) * 1e-6;
+        }
+    }
+    scores
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_core::SeedableRng;
+    use rand_xoshiro::Xoshiro256PlusPlus;
+
+    use super::*;
+    use crate::linalg::{normal, product};
+
+    /// A weight, the covariance of what it reads, and the columns of each unit.
+    type Case = (DMatrix<f64>, DMatrix<f64>, Vec<Vec<usize>>);
+
+    /// Two readers of 4 units, of 3 columns and of 1 for each unit, and what they read.
+    fn readers() -> [Case; 2] {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(3);
+        [3, 1].map(|taps| {
+            let size = 4 * taps;
+            let mix = DMatrix::from_fn(size, size, |_, _| normal(&mut random));
+            let weight = DMatrix::from_fn(5, size, |_, _| normal(&mut random));
+            let covariance = product(&mix, &mix.transpose());
+            (weight, covariance, (0..4).map(|unit| (unit * taps..(unit + 1) * taps).collect()).collect())
+        })
+    }
+
+    /// The least error of any weights that read the columns `kept` only: the normal equations, solved from scratch.
+    fn least(weight: &DMatrix<f64>, covariance: &DMatrix<f64>, kept: &[usize]) -> f64 {
+        let part = covariance.select_rows(kept).select_columns(kept);
+        let cross = product(weight, covariance).select_columns(kept);
+        let fitted = &cross * part.try_inverse().unwrap();
+        (energy(weight, covariance) - fitted.dot(&cross)) / energy(weight, covariance)
+    }
+
+    #[test]
+    fn the_error_of_each_removal_is_that_of_the_best_fit_of_what_is_left() {
+        let readers = readers();
+        let build = || readers.iter().map(|(w, c, units)| Reader::new(w.clone(), c, 1e-12, units.clone()).unwrap());
+        for curve in [Curve::greedy(build().collect(), 4), Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0])] {
+            assert_eq!(curve.order.len(), 3);
+            for gone in 1..=3 {
+                let error = |(weight, covariance, units): &Case| {
+                    let kept: Vec<_> = (0..4).filter(|unit| !curve.order[..gone].contains(unit)).collect();
+                    least(weight, covariance, &kept.iter().flat_map(|&unit| units[unit].clone()).collect::<Vec<_>>())
+                };
+                let wanted: f64 = readers.iter().map(error).sum();
+                assert!((curve.errors[gone - 1] - wanted).abs() < 1e-6, "{} {wanted}", curve.errors[gone - 1]);
+            }
+        }
+        // The first to go is the one whose removal costs least, and scores order the units.
+        let first = |unit: usize| -> f64 {
+            let of = |(w, c, units): &Case| {
+                least(w, c, &(0..4).filter(|&u| u != unit).flat_map(|u| units[u].clone()).collect::<Vec<_>>())
+            };
+            readers.iter().map(of).sum()
+        };
+        let best = (0..4).min_by(|&a, &b| first(a).total_cmp(&first(b))).unwrap();
+        assert_eq!(Curve::greedy(build().collect(), 4).order[0], best);
+        assert_eq!(Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0]).order, [1, 2, 0]);
+    }
+
+    #[test]
+    fn the_lasso_drops_what_nothing_is_made_of_first() {
+        // Unit 0 contributes nothing, unit 1 a little, unit 2 a lot.
+        let gram = DMatrix::from_diagonal(&DVector::from_vec(vec![0.0, 0.1, 5.0]));
+        let scores = lasso(&gram);
+        assert!(scores[0] < scores[1] && scores[1] < scores[2], "{scores:?}");
+    }
+}

@@ -1,0 +1,307 @@
+//! Sequential refit: layer after layer, the weights of a compressed model are fitted so that what each layer makes of what
+//! the compressed layers before it hand on is closest to what it makes in the original (Zhang 2015; Y. He 2017).
+
+mod bias;
+mod walk;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nalgebra::{DMatrix, DVector};
+use rayon::prelude::*;
+
+pub(crate) use self::bias::{Bias, set_matrices};
+use self::walk::Walk;
+use crate::{
+    analysis::{
+        linear::Linear,
+        moments::{self, side_by_side},
+    },
+    codec::Model,
+    ir::{Graph, NodeId, Outlet},
+    linalg::{Cholesky, add_cross, product},
+    verify::{Cannot, Engine, Value},
+};
+
+/// The name that what is refitted gets.
+const NAME: &str = "refit";
+/// Rounds of fitting a layer before a rectifier to what the rectifier lets through.
+const ROUNDS: usize = 4;
+/// A weight may grow by this much (algorithms.md §0.5): beyond, the system was too badly conditioned.
+const MAX_GROWTH: f64 = 10.0;
+
+/// Which channels are left of the values of a model, by the name of the value and the axis.
+pub type Kept = BTreeMap<String, BTreeMap<usize, Vec<usize>>>;
+
+/// What a layer is fitted to: rows that the original computes, by sample.
+struct Target {
+    linear: Linear,
+    /// What the layer makes, bias included.
+    result: Outlet,
+    /// The value whose original the layer approximates: its result, or the sum that it goes into.
+    value: Outlet,
+    /// The other summand, if the layer is fitted to a sum.
+    partner: Option<Outlet>,
+    /// Above what the value is cut off where it is cut off below 0, if it is: infinity for a plain rectifier.
+    rectified: Option<f64>,
+    /// The original's rows at the positions of each sample, of the channels that are left.
+    rows: Vec<DMatrix<f32>>,
+}
+
+/// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`; says how
+/// many layers were fitted.
+///
+/// # Errors
+///
+/// When the engine can't run one of them, or a part of it.
+pub fn refit(
+    engine: &Engine,
+    original: &Model,
+    model: &mut Model,
+    kept: &Kept,
+    samples: &[Vec<Value>],
+    progress: &mut dyn FnMut(&str),
+) -> Result<usize, Cannot> {
+    let mut targets = targets(original, model, kept);
+    let Some(first) = samples.first().filter(|_| !targets.is_empty()) else { return Ok(0) };
+    progress("running the original for the refit");
+    let keys: Vec<u64> = samples.iter().map(|sample| moments::hash(sample)).collect();
+    let known = original.graph.values();
+    let wanted: Vec<Outlet> = targets.iter().map(|target| known[model.graph.name(target.value)]).collect();
+    let mut unique = wanted.clone();
+    unique.sort_unstable();
+    unique.dedup();
+    let probe = engine.probe(original, &unique, first)?;
+    let cut = |(sample, key): (&Vec<Value>, &u64)| {
+        let values = probe.run(sample)?;
+        let rows = |(target, value): (&Target, &Outlet)| {
+            let value = &values[unique.binary_search(value).unwrap_or_default()];
+            let at = places(&target.linear, value, model.graph.name(target.result), *key);
+            let rows = target.linear.results(value, &at);
+            let name = model.graph.name(target.value);
+            let axis = channel_axis(&target.linear, value);
+            let rows = match kept.get(name).and_then(|axes| axes.get(&axis)) {
+                Some(kept) => rows.select_rows(kept),
+                None => rows,
+            };
+            rows.map(|v| v as f32)
+        };
+        Ok(targets.iter().zip(&wanted).map(rows).collect::<Vec<_>>())
+    };
+    let rows: Vec<Vec<DMatrix<f32>>> = samples.par_iter().zip(&keys).map(cut).collect::<Result<_, Cannot>>()?;
+    for sample in rows {
+        targets.iter_mut().zip(sample).for_each(|(target, rows)| target.rows.push(rows));
+    }
+    let (mut walk, mut fitted) = (Walk::new(engine, &model.graph, samples), 0);
+    let count = targets.len();
+    for (i, target) in targets.iter().enumerate() {
+        progress(&format!("refitting layer {} of {count}", i + 1));
+        walk.advance(model, target.linear.node)?;
+        fitted += usize::from(fit(&mut model.graph, target, &walk, &keys).is_some());
+    }
+    Ok(fitted)
+}
+
+fn channel_axis(linear: &Linear, value: &Value) -> usize {
+    if linear.is_patches() { 1 } else { value.dims.len().saturating_sub(1) }
+}
+
+/// The positions at which the result `value` of a layer is looked at.
+fn places(linear: &Linear, value: &Value, name: &str, key: u64) -> Vec<usize> {
+    let channels = value.dims.get(channel_axis(linear, value)).copied().unwrap_or(1).max(1);
+    moments::positions(value.values.len() / channels, name, key)
+}
+
+/// The layers of `model` that read something else than in the original, in order, with what each is fitted to.
+fn targets(original: &Model, model: &Model, kept: &Kept) -> Vec<Target> {
+    let (graph, known) = (&model.graph, original.graph.values());
+    let mut touched: BTreeSet<Outlet> = BTreeSet::new();
+    let order: BTreeMap<NodeId, usize> = graph.ops().into_iter().enumerate().map(|(i, id)| (id, i)).collect();
+    let mut targets = Vec::new();
+    for id in graph.ops() {
+        let mut reads = graph.operands(id).into_iter().flatten().chain(graph.captures(id).into_values());
+        let reads_other = reads.any(|value| touched.contains(&value) || kept.contains_key(graph.name(value)));
+        let linear = Linear::of(graph, id);
+        let is_other = linear.as_ref().is_some_and(|linear| !is_as_before(original, graph, linear, &known, kept));
+        if reads_other || is_other {
+            touched.extend((0..graph.output_count(id)).map(|slot| id.at(slot)));
+        }
+        let Some(linear) = linear.filter(|linear| reads_other && linear.is_direct()) else { continue };
+        if graph.uses(linear.weight).len() != 1 {
+            continue;
+        }
+        let result = Bias::of(graph, &linear).result(&linear);
+        let sum = partner(graph, &linear, result, &order).filter(|(sum, _)| known.contains_key(graph.name(*sum)));
+        let (value, partner) = sum.map_or((result, None), |(sum, partner)| (sum, Some(partner)));
+        if known.contains_key(graph.name(value)) {
+            let rectified = rectified(graph, value);
+            targets.push(Target { linear, result, value, partner, rectified, rows: Vec::new() });
+        }
+    }
+    targets
+}
+
+/// Where a rectifier that alone reads `value` cuts off above, if one does that is zero below zero.
+fn rectified(graph: &Graph, value: Outlet) -> Option<f64> {
+    let (node, _) = graph.sole_use(value)?;
+    match graph.op(node)?.standard()? {
+        "Relu" => Some(f64::INFINITY),
+        "Clip" => {
+            let op = graph.op(node)?;
+            let limit = |name: &str, slot: u32| match graph.operand(node, slot) {
+                Some(limit) => graph.constant(limit)?.f64s()?.first().copied(),
+                None => op.float(name).map(f64::from),
+            };
+            (limit("min", 1)? == 0.0).then(|| limit("max", 2).unwrap_or(f64::INFINITY))
+        }
+        _ => None,
+    }
+}
+
+/// Whether a layer is the original's, but for channels that it no longer makes.
+fn is_as_before(original: &Model, graph: &Graph, linear: &Linear, known: &BTreeMap<&str, Outlet>, kept: &Kept) -> bool {
+    let name = graph.name(linear.node.out());
+    let before = known.get(name).and_then(|value| Linear::of(&original.graph, value.node));
+    let Some(before) = before else { return false };
+    let (Some(old), Some(new)) = (original.graph.constant(before.weight), graph.constant(linear.weight)) else {
+        return false;
+    };
+    let axis = linear.output_axis();
+    let channels = kept.get(name).and_then(|axes| axes.values().next());
+    let old = channels.map_or(Some(old.clone()), |kept| old.select(axis, kept));
+    old.is_some_and(|old| old.dims() == new.dims() && old.same(new))
+}
+
+/// The sum that `result` goes into and the other summand, if that is there before the layer is run.
+fn partner(
+    graph: &Graph,
+    linear: &Linear,
+    result: Outlet,
+    order: &BTreeMap<NodeId, usize>,
+) -> Option<(Outlet, Outlet)> {
+    let (add, slot) = graph.sole_use(result)?;
+    graph.op_of(add, "Add")?;
+    let partner = graph.operand(add, 1 - slot)?;
+    let is_before = match order.get(&partner.node) {
+        Some(place) => place < &order[&linear.node],
+        None => graph.constant(partner).is_none(),
+    };
+    is_before.then(|| (add.out(), partner))
+}
+
+/// What a layer reads and is to make at all positions of all samples, as columns: for each group d×n, and o·groups×n.
+struct Rows {
+    x: Vec<DMatrix<f64>>,
+    y: DMatrix<f64>,
+    /// What is added to what the layer makes before it is rectified.
+    partner: Option<DMatrix<f64>>,
+}
+
+impl Rows {
+    /// `None` where shapes are not what they were in the original.
+    fn cut(graph: &Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<Self> {
+        let (linear, name) = (&target.linear, graph.name(target.result));
+        let cut = |((alive, rows), key): ((&walk::Alive, &DMatrix<f32>), &u64)| {
+            let x = alive.get(&linear.input)?;
+            let at = moments::positions(linear.positions(x), name, *key);
+            let shape = (linear.rows * linear.groups, at.len());
+            let partner = match target.partner {
+                Some(partner) => Some(linear.results(alive.get(&partner)?, &at)),
+                None => None,
+            };
+            let fits = rows.shape() == shape && partner.as_ref().is_none_or(|partner| partner.shape() == shape);
+            fits.then(|| (linear.vectors(x, &at), rows.map(f64::from), partner))
+        };
+        let samples = walk.samples.par_iter().zip(&target.rows).zip(keys);
+        let cut: Vec<_> = samples.map(cut).collect::<Option<_>>()?;
+        let partners: Option<Vec<_>> = cut.iter().map(|sample| sample.2.as_ref()).collect();
+        Some(Self {
+            x: (0..linear.groups).map(|group| side_by_side(cut.iter().map(|sample| &sample.0[group]))).collect(),
+            y: side_by_side(cut.iter().map(|sample| &sample.1)),
+            partner: partners.filter(|p| !p.is_empty()).map(|partners| side_by_side(partners.into_iter())),
+        })
+    }
+}
+
+/// Fits one layer to its target; `None`, and nothing done, where that does not work out.
+fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<()> {
+    let linear = &target.linear;
+    let bias = Bias::of(graph, linear);
+    let old = linear.matrices(&graph.constant(linear.weight)?.f64s()?);
+    bias.values(graph, linear)?;
+    let rows = Rows::cut(graph, target, walk, keys)?;
+    let (mut values, mut matrices) = (Vec::new(), Vec::new());
+    for (group, (x, old)) in rows.x.iter().zip(&old).enumerate() {
+        let own = |all: &DMatrix<f64>| all.rows(group * linear.rows, linear.rows).into_owned();
+        let wanted = own(&rows.y);
+        let partner = rows.partner.as_ref().map(own);
+        let of_layer = |sum: &DMatrix<f64>| partner.as_ref().map_or_else(|| sum.clone(), |partner| sum - partner);
+        let system = System::new(x, old)?;
+        let (mut matrix, mut bias) = system.solve(x, &of_layer(&wanted), old);
+        if let Some(limit) = target.rectified {
+            for _ in 0..ROUNDS {
+                let mut made = product(&matrix, x);
+                made.column_iter_mut().for_each(|mut column| column += &bias);
+                if let Some(partner) = &partner {
+                    made += partner;
+                }
+                let eased = wanted.zip_map(&made, |wanted, made| eased(wanted, made, limit));
+                (matrix, bias) = system.solve(x, &of_layer(&eased), old);
+            }
+        }
+        values.extend(bias.iter().copied());
+        matrices.push(matrix);
+    }
+    let norm = |matrices: &[DMatrix<f64>]| matrices.iter().map(DMatrix::norm_squared).sum::<f64>().sqrt();
+    if norm(&matrices) > MAX_GROWTH * norm(&old) || !values.iter().all(|v| v.is_finite()) {
+        return None;
+    }
+    set_matrices(graph, linear, &matrices, NAME)?;
+    bias.set(graph, linear, &values, NAME)
+}
+
+/// What a layer before a rectifier that is flat below 0 and above `limit` should make where `wanted` is wanted and `made` is
+/// made: on the flat parts, anything there is as good (Zhang 2015).
+fn eased(wanted: f64, made: f64, limit: f64) -> f64 {
+    if wanted <= 0.0 {
+        made.min(0.0)
+    } else if wanted >= limit {
+        made.max(limit)
+    } else {
+        wanted
+    }
+}
+
+/// The linear system of a layer.
+struct System {
+    mean: DVector<f64>,
+    factor: Option<(Cholesky, f64)>,
+}
+
+impl System {
+    /// For what is read, d×n.
+    fn new(x: &DMatrix<f64>, old: &DMatrix<f64>) -> Option<Self> {
+        let mut moments = moments::Moments::new(old.ncols());
+        (x.ncols() > 0).then(|| moments.add(x))?;
+        // Where what is read never varies, the mean is all there is to fit.
+        Some(Self { mean: moments.mean(), factor: Cholesky::ridged(&moments.covariance(), moments.ridge()) })
+    }
+
+    /// `W' = (C_yx + λW₀)·(C_xx + λI)⁻¹` and `b' = E y − W'·E x`: the affine map closest to what is wanted (o×n), with a ridge that
+    /// pulls towards W₀ (algorithms.md §0.4).
+    fn solve(&self, x: &DMatrix<f64>, y: &DMatrix<f64>, old: &DMatrix<f64>) -> (DMatrix<f64>, DVector<f64>) {
+        let n = x.ncols() as f64;
+        let mean = y.column_sum() / n;
+        let matrix = match &self.factor {
+            Some((factor, lambda)) => {
+                let mut cross = DMatrix::zeros(y.nrows(), x.nrows());
+                add_cross(&mut cross, y, x);
+                cross /= n;
+                cross.ger(-1.0, &mean, &self.mean, 1.0);
+                factor.solve_right(&(cross + old * *lambda))
+            }
+            None => old.clone(),
+        };
+        let bias = mean - &matrix * &self.mean;
+        (matrix, bias)
+    }
+}

@@ -1,0 +1,102 @@
+//! The constant that is added to what a layer makes, wherever it stands.
+
+use crate::{
+    analysis::linear::Linear,
+    ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
+};
+
+/// Where the bias of a layer stands.
+pub(crate) enum Bias {
+    /// In slot 2 of the layer itself, or nowhere yet.
+    Own,
+    /// In a slot of the `Add` after it.
+    Added(NodeId, u32),
+    /// Nowhere yet, and the layer can't hold one.
+    Outside,
+}
+
+impl Bias {
+    /// Of a layer that is direct.
+    pub(crate) fn of(graph: &Graph, linear: &Linear) -> Self {
+        if graph.op_of(linear.node, "MatMul").is_none() {
+            return Self::Own;
+        }
+        let added = graph.sole_use(linear.node.out()).and_then(|(add, slot)| {
+            graph.op_of(add, "Add")?;
+            let bias = graph.constant(graph.operand(add, 1 - slot)?)?;
+            (bias.len() == linear.rows && bias.dims().last() == Some(&linear.rows)).then_some((add, 1 - slot))
+        });
+        added.map_or(Self::Outside, |(add, slot)| Self::Added(add, slot))
+    }
+
+    /// What the layer makes, with the bias.
+    pub(crate) fn result(&self, linear: &Linear) -> Outlet {
+        match self {
+            Self::Own | Self::Outside => linear.node.out(),
+            Self::Added(add, _) => add.out(),
+        }
+    }
+
+    fn place(&self, linear: &Linear) -> Option<(NodeId, u32)> {
+        match *self {
+            Self::Own => Some((linear.node, 2)),
+            Self::Added(add, slot) => Some((add, slot)),
+            Self::Outside => None,
+        }
+    }
+
+    /// One value for each output channel; `None` where it is no constant or of another form.
+    pub(crate) fn values(&self, graph: &Graph, linear: &Linear) -> Option<Vec<f64>> {
+        let count = linear.rows * linear.groups;
+        let Some(bias) = self.place(linear).and_then(|(node, slot)| graph.operand(node, slot)) else {
+            return Some(vec![0.0; count]);
+        };
+        let bias = graph.constant(bias)?;
+        let values = bias.f64s()?;
+        match values[..] {
+            [one] => Some(vec![one; count]),
+            _ => (values.len() == count && bias.dims().last() == Some(&count)).then_some(values),
+        }
+    }
+
+    /// Has the layer add `values`; a new constant is named after `pass`.
+    pub(crate) fn set(&self, graph: &mut Graph, linear: &Linear, values: &[f64], pass: &str) -> Option<()> {
+        let like = graph.weight(graph.operand(linear.node, 1)?)?.clone();
+        let Some((node, slot)) = self.place(linear) else {
+            let name = format!("{}.{pass}", graph.name(linear.node.out()));
+            let bias = graph.add_const(like.fit(&[values.len()], values)?, &format!("{name}.bias"));
+            let result = linear.node.out();
+            let add = graph.add_op(Op::new("Add"), &[None, Some(bias)], &[&name], linear.node);
+            graph.replace_uses(result, add.out());
+            graph.set_operand(add, 0, Some(result));
+            return Some(());
+        };
+        let old = graph.operand(node, slot);
+        let dims = old.and_then(|old| graph.constant(old)).map(|old| old.dims().to_vec());
+        let dims = dims.filter(|dims| dims.iter().product::<usize>() == values.len()).unwrap_or(vec![values.len()]);
+        let bias = like.fit(&dims, values)?;
+        let base = old.map_or_else(|| graph.name(linear.node.out()).to_owned(), |old| graph.name(old).to_owned());
+        let new = graph.add_const(bias, &format!("{base}.{pass}"));
+        graph.exchange_operand(node, slot, Some(new));
+        Some(())
+    }
+}
+
+/// Has `linear` compute with other matrices; a shared constant stays what it is for its other readers.
+pub(crate) fn set_matrices(
+    graph: &mut Graph,
+    linear: &Linear,
+    matrices: &[nalgebra::DMatrix<f64>],
+    pass: &str,
+) -> Option<()> {
+    let old = graph.weight(linear.weight)?;
+    let dims = old.value().dims().to_vec();
+    let new = old.fit(&dims, &linear.elements(matrices)).filter(is_finite)?;
+    let new = graph.add_const(new, &format!("{}.{pass}", graph.name(linear.weight)));
+    graph.exchange_operand(linear.node, 1, Some(new));
+    Some(())
+}
+
+fn is_finite(weight: &Weight) -> bool {
+    Tensor::f64s(weight.value()).is_some_and(|values| values.iter().all(|v| v.is_finite()))
+}

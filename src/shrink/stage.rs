@@ -1,0 +1,121 @@
+//! What lossy passes start from, and how they are run: the passes, then the refit, then the clean-up after them.
+
+use std::sync::Arc;
+
+use super::{Job, ShrinkError};
+use crate::{
+    analysis::moments,
+    codec::Model,
+    pass::{Context, Fidelity, Price, Yardstick},
+    pipeline::{self, Item, Outcome},
+    refit::{Kept, refit},
+    verify::{Engine, Reference, Samples, Split, Value},
+};
+
+/// Samples on which the sensitivity of the model to each layer is measured.
+const PROBES: usize = 64;
+
+/// The model that the first lossy pass sees, and what is run on it.
+pub(super) struct Stage<'a> {
+    /// The model as the items before the first lossy one leave it, and what these did.
+    pub(super) start: (Model, Vec<Outcome>),
+    /// The items from the first lossy one on.
+    pub(super) items: &'a [Item],
+    engine: &'a Engine,
+    /// Samples for fitting.
+    fit: Vec<Vec<Value>>,
+    /// Samples for choosing between ways to fit, and then for fitting too, where no others are searched with.
+    choose: Vec<Vec<Value>>,
+}
+
+/// What came of running a stage.
+pub(super) struct Result {
+    pub(super) model: Model,
+    pub(super) outcomes: Vec<Outcome>,
+    /// Whether layers were fitted to the original.
+    pub(super) refitted: bool,
+}
+
+impl<'a> Stage<'a> {
+    /// Runs what stands before the first lossy item of `job` on `base`, and looks at what the layers then read.
+    pub(super) fn new(
+        base: &Model,
+        job: &'a Job,
+        samples: &Samples,
+        cx: &mut Context,
+        progress: &mut dyn FnMut(&str),
+    ) -> std::result::Result<Self, ShrinkError> {
+        let first = job.items.iter().position(|item| item.fidelity() == Fidelity::Lossy);
+        let (before, items) = job.items.split_at(first.unwrap_or(job.items.len()));
+        let mut model = base.clone();
+        let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
+        let engine = &job.request.engine;
+        let fit = if samples.random { Vec::new() } else { samples.part(Split::Fit) };
+        let searches = job.target.is_none() && job.items.iter().any(Item::is_free);
+        let choose = if searches || samples.random { Vec::new() } else { samples.part(Split::Search) };
+        if !fit.is_empty() {
+            let count = fit.len();
+            let mut tell = |done: usize| progress(&format!("calibrating on sample {done} of {count}"));
+            let few = fit.iter().take(PROBES).cloned().collect();
+            cx.yardstick = Some(Arc::new(Yardstick::new(engine, &model, few)?));
+            cx.moments = Arc::new(moments::collect(engine, &model, &fit, job.max_gram_dim, &mut tell)?);
+        }
+        Ok(Self { start: (model, outcomes), items, engine, fit, choose })
+    }
+
+    /// Runs each item that `price` has a price for; refits if a pass asks for it, `judge` is there and says that it helps.
+    pub(super) fn run(
+        &self,
+        cx: &mut Context,
+        price: &dyn Fn(usize) -> Option<Price>,
+        judge: Option<&Reference>,
+        progress: &mut dyn FnMut(&str),
+    ) -> std::result::Result<Result, ShrinkError> {
+        let (mut model, mut outcomes) = self.start.clone();
+        cx.kept.clear();
+        cx.refit = false;
+        let last = self.items.iter().rposition(|item| item.fidelity() == Fidelity::Lossy);
+        let mut refitted = false;
+        for (i, item) in self.items.iter().enumerate() {
+            if let Some(price) = price(i) {
+                outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, cx, price)?);
+            }
+            if let (true, true, Some(judge)) = (Some(i) == last, cx.refit, judge) {
+                refitted = self.refit(&mut model, &cx.kept, judge, progress)?;
+            }
+        }
+        Ok(Result { model, outcomes, refitted })
+    }
+
+    /// Refits `model` where `judge` finds it closer to the original then; says whether it did. What minimizes the error of
+    /// each layer need not do so for the model (algorithms.md §16), so both are measured.
+    fn refit(
+        &self,
+        model: &mut Model,
+        kept: &Kept,
+        judge: &Reference,
+        progress: &mut dyn FnMut(&str),
+    ) -> std::result::Result<bool, ShrinkError> {
+        let mut fitted = model.clone();
+        refit(self.engine, &self.start.0, &mut fitted, kept, &self.fit, progress)?;
+        let (plain, better) = (judge.compare(model)?.error, judge.compare(&fitted)?.error);
+        if better.is_nan() || better > plain {
+            return Ok(false);
+        }
+        if !self.choose.is_empty() {
+            let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
+            fitted = model.clone();
+            refit(self.engine, &self.start.0, &mut fitted, kept, &all, progress)?;
+        }
+        *model = fitted;
+        Ok(true)
+    }
+
+    /// What says whether a refit helps; `None` where there are no samples to judge with.
+    pub(super) fn judge(&self, model: &Model) -> std::result::Result<Option<Reference>, ShrinkError> {
+        if self.choose.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Reference::before_squashing(self.engine, model, self.choose.clone())?))
+    }
+}

@@ -1,0 +1,238 @@
+//! What is learned from samples, and what is made of it.
+
+use nalgebra::DMatrix;
+use onnx_shrink::{
+    analysis::{linear::Linear, moments},
+    codec::Model,
+    ir::{Graph, Tensor, Weight},
+    pass::{Context, Price},
+    pipeline,
+    refit::{Kept, refit},
+    shrink::{Job, shrink},
+    text,
+    verify::{Engine, Reference, Request, Samples, Split, Value},
+};
+use rand_xoshiro::{
+    Xoshiro256PlusPlus,
+    rand_core::{Rng, SeedableRng},
+};
+
+use crate::fixture;
+
+/// Numbers between -1 and 1.
+fn values(random: &mut Xoshiro256PlusPlus, dims: &[usize]) -> Value {
+    let draw = |_| f64::from((random.next_u64() >> 40) as f32 / (1 << 23) as f32 - 1.0);
+    Value { dims: dims.to_vec(), values: (0..dims.iter().product()).map(draw).collect(), is_float: true }
+}
+
+fn samples(count: usize, dims: &[usize]) -> Vec<Vec<Value>> {
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(5);
+    (0..count).map(|_| vec![values(&mut random, dims)]).collect()
+}
+
+fn model(interface: &str, weights: &str, nodes: &str) -> Model {
+    let text = format!("<ir_version: 8, opset_import: [\"\": 17]>\ng {interface}\n<{weights}>\n{{\n{nodes}\n}}\n");
+    text::parse(&text).unwrap()
+}
+
+/// Layers of every form, with strides, dilations, padding of all kinds and groups, each on an input of its own shape.
+const FORMS: &[(&str, &str, &str)] = &[
+    (
+        "(float[N,6] x) => (float[N,4] y)",
+        "float[4,6] w = normal(1), float[4] b = normal(2)",
+        "y = Gemm <transB = 1> (x, w, b)",
+    ),
+    ("(float[N,3,6] x) => (float[N,3,4] y)", "float[6,4] w = normal(1)", "y = MatMul (x, w)"),
+    (
+        "(float[N,3,7,6] x) => (float[N,4,3,3] y)",
+        "float[4,3,3,2] w = normal(1), float[4] b = normal(2)",
+        "y = Conv <strides = [2, 2], pads = [0, 1, 1, 0], dilations = [1, 2]> (x, w, b)",
+    ),
+    (
+        "(float[N,4,5,5] x) => (float[N,6,3,3] y)",
+        "float[6,2,3,3] w = normal(1)",
+        "y = Conv <group = 2, strides = [2, 2], auto_pad = \"SAME_UPPER\"> (x, w)",
+    ),
+    (
+        "(float[N,4,6] x) => (float[N,4,3] y)",
+        "float[4,1,2] w = normal(1)",
+        "y = Conv <group = 4, strides = [2], auto_pad = \"SAME_LOWER\"> (x, w)",
+    ),
+];
+
+#[test]
+fn vectors_times_matrices_are_what_the_engine_computes() {
+    for (interface, weights, nodes) in FORMS {
+        let model = model(interface, weights, nodes);
+        let graph = &model.graph;
+        let linear = Linear::all(graph).remove(0);
+        let shape = onnx_shrink::analysis::shapes::Fact::declared(&graph.inputs()[0].info).extents().unwrap();
+        let dims: Vec<_> = shape.iter().map(|d| d.unwrap_or(2)).collect();
+        let sample = samples(1, &dims).remove(0);
+        let wanted = Engine::default().prepare(&model, &sample).unwrap().run(&sample).unwrap().remove(0);
+        let all: Vec<_> = (0..linear.positions(&sample[0])).collect();
+        let results = linear.results(&wanted, &all);
+        let constant = graph.constant(linear.weight).unwrap().f64s().unwrap();
+        let matrices = linear.matrices(&constant);
+        assert_eq!(linear.elements(&matrices), constant, "{nodes}");
+        let bias = graph.operand(linear.node, 2).map(|bias| graph.constant(bias).unwrap().f64s().unwrap());
+        for (group, (matrix, x)) in matrices.iter().zip(linear.vectors(&sample[0], &all)).enumerate() {
+            let made = matrix * x;
+            for ((i, j), value) in (0..made.nrows())
+                .flat_map(|i| (0..made.ncols()).map(move |j| (i, j)))
+                .zip((0..made.nrows()).flat_map(|i| (0..made.ncols()).map(move |j| (i, j))).map(|place| made[place]))
+            {
+                let row = group * linear.rows + i;
+                let value = value + bias.as_ref().map_or(0.0, |bias| bias[row]);
+                assert!((value - results[(row, j)]).abs() < 1e-5, "{nodes}: {value} {}", results[(row, j)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn merged_moments_of_two_halves_are_those_of_the_whole_and_agree_with_sums_in_any_order() {
+    let model = Model::open(&fixture("models/fmnist_resnet14.onnx")).unwrap();
+    let samples = samples(12, &[1, 1, 28, 28]);
+    let collect = |part: &[Vec<Value>]| moments::collect(&Engine::default(), &model, part, 600, &mut |_| {}).unwrap();
+    let (whole, mut merged) = (collect(&samples), collect(&samples[..5]));
+    for (source, moments) in collect(&samples[5..]) {
+        merged.get_mut(&source).unwrap().iter_mut().zip(&moments).for_each(|(a, b)| a.merge(b));
+    }
+    assert!(whole.len() > 10);
+    for (source, moments) in &whole {
+        for (a, b) in moments.iter().zip(&merged[source]) {
+            assert_eq!(a.count, b.count);
+            let close = |a: &DMatrix<f64>, b: &DMatrix<f64>| (a - b).norm() <= 1e-12 * a.norm();
+            assert!(close(&a.products, &b.products) && (&a.sum - &b.sum).norm() <= 1e-12 * a.sum.norm(), "{source}");
+        }
+    }
+    // A covariance, against its definition on the vectors themselves.
+    let linear = Linear::all(&model.graph).remove(0);
+    let source = linear.source(&model.graph);
+    let mut columns = Vec::new();
+    for sample in &samples {
+        let at = moments::positions(linear.positions(&sample[0]), &source, moments::hash(sample));
+        columns.extend(linear.vectors(&sample[0], &at)[0].column_iter().map(nalgebra::Matrix::into_owned));
+    }
+    let all = DMatrix::from_columns(&columns);
+    let mean = all.column_mean();
+    let centered = DMatrix::from_fn(all.nrows(), all.ncols(), |i, j| all[(i, j)] - mean[i]);
+    let wanted = &centered * centered.transpose() / all.ncols() as f64;
+    assert!((whole[&source][0].covariance() - &wanted).norm() <= 1e-9 * wanted.norm());
+}
+
+#[test]
+fn one_thread_and_two_give_the_same_bytes() {
+    let model = Model::open(&fixture("models/mnist_lenet300.onnx")).unwrap();
+    let job = Job {
+        items: pipeline::parse("prune").unwrap(),
+        request: Request { data: Some(fixture("data/mnist.npz")), ..Request::default() },
+        target: Some(0.5),
+        ..Job::default()
+    };
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| shrink(&model, &job, &mut |_| {}).unwrap().0.encode())
+    };
+    let one = run(1);
+    assert!(one == run(2));
+    let share = one.len() as f64 / model.encode().len() as f64;
+    assert!(share <= 0.5 && share > 0.49, "{share}");
+}
+
+/// The model of a hidden layer whose units 4 to 7 are sums of units 0 to 3, which a linear map can make up for.
+fn redundant() -> Model {
+    let mut model = model(
+        "(float[N,6] x) => (float[N,3] y)",
+        "float[8,6] w = normal(1), float[8] b = normal(2), float[3,8] v = normal(3), float[3] c = normal(4)",
+        "h = Gemm <transB = 1> (x, w, b)\n y = Gemm <transB = 1> (h, v, c)",
+    );
+    let names = ["w", "b"].map(|name| model.graph.values()[name]);
+    for (value, width) in names.into_iter().zip([6, 1]) {
+        let tensor = model.graph.constant(value).unwrap();
+        let (dims, mut values) = (tensor.dims().to_vec(), tensor.f32s().unwrap());
+        for i in 0..4 * width {
+            values[4 * width + i] = values[i] + values[(i + width) % (4 * width)];
+        }
+        model.graph.set_weight(value, Weight::dense(Tensor::f32(&dims, &values)));
+    }
+    model
+}
+
+fn prune(model: &Model, options: &str, samples: &[Vec<Value>]) -> (Model, Context) {
+    let mut cx = Context::at(Samples::likely_shapes(model, &Request::default()));
+    cx.moments = moments::collect(&Engine::default(), model, samples, 600, &mut |_| {}).unwrap().into();
+    let mut after = model.clone();
+    let items = pipeline::parse(&format!("dead-nodes,prune{options}")).unwrap();
+    pipeline::run(&items, &mut after, &mut cx, Price::default()).unwrap();
+    (after, cx)
+}
+
+fn error(a: &Model, b: &Model, samples: &[Vec<Value>]) -> f64 {
+    Reference::new(&Engine::default(), a, samples.to_vec()).unwrap().compare(b).unwrap().error
+}
+
+#[test]
+fn what_the_kept_units_tell_is_made_up_for() {
+    let (model, samples) = (redundant(), samples(64, &[1, 6]));
+    let (fitted, _) = prune(&model, ":ratio=0.5", &samples);
+    let (bare, _) = prune(&model, ":ratio=0.5:compensate=none", &samples);
+    assert!(fitted.encode().len() < model.encode().len());
+    // The ridge alone is left.
+    assert!(error(&model, &fitted, &samples) < 0.05, "{}", error(&model, &fitted, &samples));
+    assert!(error(&model, &bare, &samples) > 0.3);
+}
+
+/// The parameters of a graph.
+fn parameters(graph: &Graph) -> usize {
+    graph.node_ids().filter_map(|id| graph.constant(id.out())).map(Tensor::len).sum()
+}
+
+#[test]
+fn every_score_prunes_as_much_and_obs_is_the_best_of_them() {
+    let model = Model::open(&fixture("models/mnist_lenet300.onnx")).unwrap();
+    let request = Request { data: Some(fixture("data/mnist.npz")), ..Request::default() };
+    let samples = Samples::gather(&model, &request).unwrap();
+    let (fit, last) = (samples.part(Split::Fit), samples.part(Split::Last));
+    let result = |score: &str| {
+        let (after, _) = prune(&model, &format!(":ratio=0.6:compensate=fit:score={score}"), &fit);
+        (parameters(&after.graph), error(&model, &after, &last))
+    };
+    let (size, best) = result("obs");
+    for score in ["l1", "l2", "onorm", "apoz", "variance", "corr", "fpgm", "lasso", "random"] {
+        let (other, error) = result(score);
+        assert_eq!(other, size, "{score}");
+        assert!(error >= best * 0.98, "{score}: {error} {best}");
+        assert!(error < 1.0, "{score}: {error}");
+    }
+}
+
+#[test]
+fn a_refit_brings_a_net_closer_to_the_original() {
+    for (name, data, ratio) in [("fmnist_vgg", "fashion", 0.4), ("fmnist_resnet14", "fashion", 0.3)] {
+        let mut model = Model::open(&fixture(&format!("models/{name}.onnx"))).unwrap();
+        pipeline::run(&pipeline::parse("simplify").unwrap(), &mut model, &mut Context::default(), Price::default())
+            .unwrap();
+        let request = Request { data: Some(fixture(&format!("data/{data}.npz"))), ..Request::default() };
+        let samples = Samples::gather(&model, &request).unwrap();
+        let (fit, last) = (samples.part(Split::Fit), samples.part(Split::Last));
+        let (mut after, cx) = prune(&model, &format!(":ratio={ratio}"), &fit);
+        let before = error(&model, &after, &last);
+        let fitted = refit(&Engine::default(), &model, &mut after, &cx.kept, &fit, &mut |_| {}).unwrap();
+        assert!(fitted > 0);
+        let refitted = error(&model, &after, &last);
+        assert!(refitted < before, "{name}: {before} {refitted}");
+    }
+}
+
+#[test]
+fn a_refit_of_what_did_not_change_does_nothing() {
+    let model = redundant();
+    let mut same = model.clone();
+    assert_eq!(
+        refit(&Engine::default(), &model, &mut same, &Kept::new(), &samples(8, &[1, 6]), &mut |_| {}).unwrap(),
+        0
+    );
+    assert_eq!(same.graph.edits(), model.graph.edits());
+}
