@@ -136,6 +136,17 @@ pub struct Shrink {
     /// The share of the multiply-adds that is to be left, instead of an error budget.
     #[arg(long, value_name = "R", value_parser = share)]
     pub target_macs: Option<f64>,
+    /// Write results of 90, 80, … percent of the cost that is minimized into this folder, with a table of what each costs, how
+    /// far it is off, and whether it is certain to change at most --max-flips of the top classes.
+    #[arg(long, value_name = "DIR")]
+    pub pareto: Option<PathBuf>,
+    /// What layers read, saved before by --save-moments, possibly in parts, which add up; then --data is for the search and the
+    /// final word alone.
+    #[arg(long, value_name = "FILE")]
+    pub moments: Vec<PathBuf>,
+    /// Save what layers read over the samples.
+    #[arg(long, value_name = "FILE", requires = "data")]
+    pub save_moments: Option<PathBuf>,
     /// Layers that read vectors of more elements are not calibrated: a statistic takes 8 bytes for the square of that.
     #[arg(long, value_name = "D", default_value_t = MAX_GRAM_DIM)]
     pub max_gram_dim: usize,

@@ -184,6 +184,12 @@ impl Model {
         self.source.bytes.len() + self.source.external_bytes
     }
 
+    /// A hash of the file it was read from.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(&self.source.bytes)
+    }
+
     /// Bytes of the file that are in no field this program knows; they would not be written back.
     #[must_use]
     pub fn unknown_bytes(&self) -> usize {

@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{self, IsTerminal, Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{
         Arc, Mutex, PoisonError,
@@ -17,17 +17,20 @@ use anyhow::{Context as _, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use onnx_shrink::{
-    analysis::cost::Cost,
+    analysis::{
+        cost::Cost,
+        moments::{Table, file},
+    },
     cli::{Cli, Command, Feeds, Shrink},
     codec::{CodecError, Model, save, size_at},
     pass::{Fidelity, Minimize},
     passes::{PASSES, find},
     pipeline::{self, Outcome},
-    shrink::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
+    shrink::{self, BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
     text,
     verify::{
-        Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, catches_panics,
-        compare_regions,
+        Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
+        catches_panics, compare_regions,
     },
 };
 
@@ -140,6 +143,8 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         max_flips: options.max_flips,
         minimize: if options.target_macs.is_some() { Minimize::Macs } else { options.minimize },
         target: options.target_macs.or(options.target_size),
+        chain: options.pareto.is_some(),
+        moments: moments(&options.moments, &model)?,
         max_gram_dim: options.max_gram_dim,
         keep,
         keep_initializer_inputs: options.keep_initializer_inputs,
@@ -173,6 +178,22 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     if !options.quiet {
         eprint!("{}", table(&report, options.verbose));
     }
+    if let Some(folder) = &options.pareto {
+        let unwritten = || format!("{}: cannot be written", folder.display());
+        fs::create_dir_all(folder).with_context(unwritten)?;
+        for link in &report.chain {
+            write(&link.model, &folder.join(format!("{}.onnx", link.share)), &interrupt.came)?;
+        }
+        let table = shrink::table(&report.chain, &report.before);
+        fs::write(folder.join("table.tsv"), &table).with_context(unwritten)?;
+        if !options.quiet {
+            eprint!("\n{table}");
+        }
+    }
+    if let Some(path) = &options.save_moments {
+        let unwritten = || format!("{}: cannot be written", path.display());
+        fs::write(path, file::encode(&report.moments, model.fingerprint())).with_context(unwritten)?;
+    }
     if let Some(path) = &options.report {
         let json = serde_json::to_string_pretty(&report)? + "\n";
         if path.as_os_str() == "-" {
@@ -182,6 +203,21 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The moments in `files`, added up.
+fn moments(files: &[PathBuf], model: &Model) -> anyhow::Result<Option<Arc<Table>>> {
+    let mut sum: Option<Table> = None;
+    for path in files {
+        let read = || path.display().to_string();
+        let bytes = fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let table = file::decode(&bytes, model.fingerprint()).with_context(read)?;
+        match &mut sum {
+            Some(sum) => file::merge(sum, &table).with_context(read)?,
+            None => sum = Some(table),
+        }
+    }
+    Ok(sum.map(Arc::new))
 }
 
 /// What runs the model, or why it can't be had.
@@ -275,6 +311,14 @@ fn table(report: &Report, verbose: bool) -> String {
             let _ = write!(text, ", budget {budget}");
         }
         let _ = writeln!(text, "; top class changed on {:.1} %", difference.flips * 100.0);
+        if let Some(Certificate { samples, changed, bound, confidence }) = &report.certificate {
+            let (bound, confidence) = (bound * 100.0, confidence * 100.0);
+            let _ = writeln!(
+                text,
+                "certificate: the top class changed on {changed} of {samples} samples that nothing had seen, so with {confidence} % \
+                 confidence on at most {bound:.2} % of such inputs, which bounds the loss of accuracy too"
+            );
+        }
         for name in &difference.unexercised {
             let _ = writeln!(text, "note: output `{name}` hardly varies over these inputs: it was held to its value");
         }

@@ -1,20 +1,27 @@
 //! The main job: run the passes, find how much the budget allows, and prove the result before anybody writes it.
 
+mod chain;
 mod land;
 mod lossy;
 mod search;
 mod stage;
 
+pub use self::chain::{Link, table};
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use self::lossy::Lossy;
 use crate::{
-    analysis::cost::Cost,
+    analysis::{cost::Cost, moments},
     codec::Model,
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
-    verify::{Cannot, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
+    verify::{
+        Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
+        compare_regions,
+    },
 };
 
 /// The default budget with a person's samples.
@@ -41,6 +48,10 @@ pub struct Job {
     pub minimize: Minimize,
     /// The share of the input's cost, of the kind that is to be saved, that the result is to have.
     pub target: Option<f64>,
+    /// Whether results of falling size are made beside the one.
+    pub chain: bool,
+    /// What layers read, from files; else it is collected from samples.
+    pub moments: Option<Arc<moments::Table>>,
     /// Layers that read larger vectors are not calibrated.
     pub max_gram_dim: usize,
     /// Layers that lossy passes leave alone.
@@ -60,6 +71,8 @@ impl Default for Job {
             max_flips: None,
             minimize: Minimize::default(),
             target: None,
+            chain: false,
+            moments: None,
             max_gram_dim: MAX_GRAM_DIM,
             keep: Vec::new(),
             keep_initializer_inputs: false,
@@ -79,10 +92,17 @@ pub struct Report {
     pub passes: Vec<Outcome>,
     /// How the result differs from the input, on samples that nothing before had seen.
     pub difference: Option<Difference>,
+    /// How often the top class changes on other inputs, at most, after a lossy pass and where there is an answer.
+    pub certificate: Option<Certificate>,
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
     /// Whether the samples were random.
     pub random_inputs: bool,
+    /// Results of falling size, where they were asked for.
+    pub chain: Vec<Link>,
+    /// What the layers read that the first lossy pass saw.
+    #[serde(skip)]
+    pub moments: Arc<moments::Table>,
     /// What a person should know.
     pub notes: Vec<String>,
 }
@@ -133,6 +153,12 @@ pub enum ShrinkError {
         /// What is left at the highest price.
         least: f64,
     },
+    /// The moments are of other layers.
+    #[error(
+        "--moments: no layer reads what the file tells of; it belongs to the passes before the first lossy one, so give the \
+         same list, or make it anew with --save-moments"
+    )]
+    ForeignMoments,
     /// Flips are limited, but nothing looks like class scores.
     #[error("--max-flips: no output looks like class scores, rows of several numbers; leave it out")]
     NoClasses,
@@ -242,6 +268,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             result
         }
     };
+    report.moments = Arc::clone(&cx.moments);
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
 }

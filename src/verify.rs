@@ -1,5 +1,6 @@
 //! Proof that one model computes what another does: both run on the same inputs, and their outputs are compared.
 
+mod certificate;
 pub mod data;
 mod engine;
 pub mod error;
@@ -9,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use self::error::Pooled;
 pub use self::{
+    certificate::{CONFIDENCE, Certificate, upper_bound},
     data::{DataError, Request, Samples, Split},
     engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
     regions::compare_regions,
@@ -32,6 +34,10 @@ pub struct Difference {
     pub rounding: f64,
     /// The share of samples whose largest class score moved, over the outputs that look like class scores.
     pub flips: f64,
+    /// Rows of class scores, of the output whose top class changed most often.
+    pub classified: usize,
+    /// Those whose top class changed.
+    pub flipped: usize,
     /// Whether any output looks like class scores.
     pub classifies: bool,
     /// Outputs that these inputs hardly vary: they must nearly keep their values.
@@ -220,8 +226,10 @@ impl Reference {
         let mut difference = Difference { samples, ..Difference::default() };
         for ((pool, name), &scale) in pools.iter().zip(&self.names).zip(&self.scales) {
             difference.rounding = max(difference.rounding, pool.rounding);
-            difference.flips = max(difference.flips, pool.flips());
-            difference.classifies |= pool.classifies();
+            if pool.classifies() && (!difference.classifies || pool.flips() > difference.flips) {
+                (difference.flips, difference.classifies) = (pool.flips(), true);
+                (difference.flipped, difference.classified) = pool.classified();
+            }
             // Of fewer samples than all, the scale is not the one that counts.
             let given_up = samples < self.outputs.len() && pool.exceeds(limit, scale);
             difference.error = max(difference.error, if given_up { f64::INFINITY } else { pool.error() });

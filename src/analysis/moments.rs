@@ -1,6 +1,8 @@
 //! Mean and covariance of what layers read: the one statistic behind every error that is predicted and every weight that is
 //! refitted. For y = W·x + b and a change of both, E‖Δy‖² = tr(ΔW·C·ΔWᵀ) + ‖ΔW·μ + Δb‖².
 
+pub mod file;
+
 use std::collections::BTreeMap;
 
 use nalgebra::{DMatrix, DVector};

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::{
     analysis::shapes::Shapes,
     codec::Model,
-    ir::{Graph, NodeId, Outlet},
+    ir::{Graph, NodeId, Outlet, Tensor, Weight},
     verify::{Cannot, Engine, Value},
 };
 
@@ -63,13 +63,25 @@ fn run(
     read.sort_unstable();
     read.dedup();
     let shapes = Shapes::infer(graph, &BTreeMap::new());
+    // Integers that are the same for all samples are shapes and the like, which engines want to know beforehand.
+    let mut settled = graph.clone();
+    read.retain(|&value| {
+        let known = samples.iter().all(|alive| alive[&value] == first[&value]) && !first[&value].is_float;
+        let dtype = shapes.fact(value).and_then(|fact| fact.dtype);
+        let integers: Vec<_> = first[&value].values.iter().map(|&v| v as i64).collect();
+        let tensor = dtype.filter(|_| known).and_then(|t| Tensor::integers(t, &first[&value].dims, &integers));
+        let Some(tensor) = tensor else { return true };
+        let constant = settled.add_const(Weight::dense(tensor), graph.name(value));
+        settled.replace_uses(value, constant);
+        false
+    });
     let input = |&value: &Outlet| {
         let dtype = shapes.fact(value).and_then(|fact| fact.dtype);
         dtype.map(|dtype| (value, dtype, first[&value].dims.clone()))
     };
     let unknown = || Cannot::Segment(graph.label(segment[0]).to_owned());
     let inputs = read.iter().map(input).collect::<Option<Vec<_>>>().ok_or_else(unknown)?;
-    let part = graph.extract(&inputs, wanted).ok_or_else(unknown)?;
+    let part = settled.extract(&inputs, wanted).ok_or_else(unknown)?;
     let feed = |alive: &Alive| read.iter().map(|value| alive[value].clone()).collect::<Vec<_>>();
     let runner = engine.prepare(&model.with_graph(part), &feed(first))?;
     let step = |alive: &mut Alive| {

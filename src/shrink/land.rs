@@ -13,11 +13,11 @@ const POWERS: (f64, f64) = (-24.0, 6.0);
 /// Halvings of that range, after which a price is known to a millionth.
 const HALVINGS: usize = 48;
 
-/// The greatest price at which what is left is still as large as is asked for, or the smallest below it; nothing is measured
-/// on the way.
+/// The price at which so large a share of the cost `before` is left, or a little less; nothing is measured on the way.
 pub(super) fn price(
     stage: &Stage<'_>,
     job: &Job,
+    target: f64,
     before: &Cost,
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
@@ -26,7 +26,7 @@ pub(super) fn price(
         Minimize::Bytes => cost.bytes as f64,
         Minimize::Macs => cost.macs as f64,
     };
-    let (whole, target) = (of(before), job.target.unwrap_or(1.0));
+    let whole = of(before);
     let bound = cx.bound.clone();
     let mut share = |power: f64, progress: &mut dyn FnMut(&str)| {
         let price = Price::per_byte(libm::pow(10.0, power));

@@ -1,11 +1,13 @@
 //! Pipelines with lossy passes: those of a given strength run as they are, the others as far as the budget allows.
 
-use super::{BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, land, search::Search, stage::Stage, within};
+use super::{
+    BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, chain, land, search::Search, stage::Stage, within,
+};
 use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price},
     pipeline::Item,
-    verify::{Difference, ROUNDING_BUDGET, Reference, Samples, Split},
+    verify::{Certificate, Difference, ROUNDING_BUDGET, Reference, Samples, Split},
 };
 
 /// The search aims between these shares of the budget.
@@ -24,6 +26,8 @@ pub(super) struct Lossy<'a> {
     /// The outputs of the original on samples that the search does not see.
     last: Reference,
     budget: f64,
+    /// How many results of the search were checked on those samples.
+    looks: usize,
     report: &'a mut Report,
     progress: &'a mut dyn FnMut(&str),
 }
@@ -53,13 +57,19 @@ impl<'a> Lossy<'a> {
             return Err(ShrinkError::Flat);
         }
         let budget = job.max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
-        Ok(Self { model, base, job, samples, last, budget, report, progress })
+        Ok(Self { model, base, job, samples, last, budget, looks: 0, report, progress })
     }
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
         let stage = Stage::new(self.base, self.job, self.samples, cx, self.progress)?;
-        if self.job.target.is_some() {
-            return self.land(&stage, cx);
+        if self.job.chain && stage.items.iter().any(Item::is_free) {
+            let before = self.report.before.clone();
+            let links = chain::links(&stage, self.job, (self.model, &before), &self.last, cx, self.progress)?;
+            self.looks += links.len();
+            self.report.chain = links;
+        }
+        if let Some(target) = self.job.target {
+            return self.land(&stage, target, cx);
         }
         let is_given = |i: usize| !stage.items[i].is_free();
         let is_lossy = (0..stage.items.len()).any(|i| is_given(i) && stage.items[i].fidelity() == Fidelity::Lossy);
@@ -74,29 +84,52 @@ impl<'a> Lossy<'a> {
             // Without a budget of its own, what comes on top is measured against what the given strengths left.
             let on_top = is_lossy && self.job.max_error.is_none();
             if let Some((model, difference)) = self.search(&stage, on_top.then_some(&left), cx)? {
-                self.report.difference = Some(difference);
+                self.conclude(difference);
                 return Ok(model);
             }
             self.report.notes.push(format!("nothing could be removed within an error of {}", self.budget));
         } else {
             self.report.budget = self.job.max_error;
         }
-        self.report.difference = Some(of_given);
+        if is_lossy {
+            self.conclude(of_given);
+        } else {
+            self.report.difference = Some(of_given);
+        }
         Ok(left)
     }
 
     /// Finds the price at which the result has the cost that is asked for, runs the passes at it, and checks what was given
     /// beside it.
-    fn land(mut self, stage: &Stage<'_>, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let price = land::price(stage, self.job, &self.report.before, cx, self.progress)?;
+    fn land(mut self, stage: &Stage<'_>, target: f64, cx: &mut Context) -> Result<Model, ShrinkError> {
+        let price = land::price(stage, self.job, target, &self.report.before, cx, self.progress)?;
         let judge = stage.judge(self.model)?;
         let result = stage.run(cx, &|_| Some(Price::per_byte(price)), judge.as_ref(), self.progress)?;
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;
         let difference = self.last.compare(&result.model)?;
         self.check_given(&difference, true)?;
-        self.report.difference = Some(difference);
+        self.conclude(difference);
         Ok(result.model)
+    }
+
+    /// Reports the final word of a lossy result, and what it says about inputs that nobody has seen.
+    fn conclude(&mut self, difference: Difference) {
+        let certificate = if self.samples.random {
+            Err("no certificate: random inputs say nothing about real ones".to_owned())
+        } else if self.looks > 1 {
+            let looks = self.looks;
+            Err(format!(
+                "no certificate: {looks} results were checked on the samples of the final word, one after another"
+            ))
+        } else {
+            Certificate::of(&difference)
+        };
+        match certificate {
+            Ok(certificate) => self.report.certificate = Some(certificate),
+            Err(why) => self.report.notes.push(why),
+        }
+        self.report.difference = Some(difference);
     }
 
     /// Checks what passes of a given strength did.
@@ -117,7 +150,7 @@ impl<'a> Lossy<'a> {
         }
         if self.job.max_error.is_none() && difference.error > self.budget {
             self.report.notes.push(format!(
-                "the strengths that were given make an error of {:.4}, above the default budget of {}",
+                "what was asked for makes an error of {:.4}, above the default budget of {}",
                 difference.error, self.budget
             ));
         }
@@ -153,6 +186,7 @@ impl<'a> Lossy<'a> {
             let Some(trial) = search.best(&|d| allowed(d, aim), (aim, budget), self.progress)? else { break };
             (self.progress)("verifying on samples that the search did not see");
             let difference = last.compare(&trial.model)?;
+            self.looks += 1;
             if allowed(&difference, limit) {
                 self.report.passes = trial.outcomes;
                 let difference = if given.is_some() { self.last.compare(&trial.model)? } else { difference };

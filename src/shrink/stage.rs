@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Job, ShrinkError};
 use crate::{
-    analysis::moments,
+    analysis::{linear::Linear, moments},
     codec::Model,
     pass::{Context, Fidelity, Price, Yardstick},
     pipeline::{self, Item, Outcome},
@@ -54,10 +54,19 @@ impl<'a> Stage<'a> {
         let searches = job.target.is_none() && job.items.iter().any(Item::is_free);
         let choose = if searches || samples.random { Vec::new() } else { samples.part(Split::Search) };
         if !fit.is_empty() {
-            let count = fit.len();
-            let mut tell = |done: usize| progress(&format!("calibrating on sample {done} of {count}"));
             let few = fit.iter().take(PROBES).cloned().collect();
             cx.yardstick = Some(Arc::new(Yardstick::new(engine, &model, few)?));
+        }
+        if let Some(known) = &job.moments {
+            let layers = Linear::all(&model.graph);
+            let is_read = |source: &String| layers.iter().any(|layer| layer.source(&model.graph) == *source);
+            if !known.keys().any(is_read) {
+                return Err(ShrinkError::ForeignMoments);
+            }
+            cx.moments = Arc::clone(known);
+        } else if !fit.is_empty() {
+            let count = fit.len();
+            let mut tell = |done: usize| progress(&format!("calibrating on sample {done} of {count}"));
             cx.moments = Arc::new(moments::collect(engine, &model, &fit, job.max_gram_dim, &mut tell)?);
         }
         Ok(Self { start: (model, outcomes), items, engine, fit, choose })
@@ -80,7 +89,7 @@ impl<'a> Stage<'a> {
             if let Some(price) = price(i) {
                 outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, cx, price)?);
             }
-            if let (true, true, Some(judge)) = (Some(i) == last, cx.refit, judge) {
+            if let (true, true, Some(judge)) = (Some(i) == last, cx.refit && !self.fit.is_empty(), judge) {
                 refitted = self.refit(&mut model, &cx.kept, judge, progress)?;
             }
         }

@@ -128,6 +128,12 @@ impl Pooled {
         self.classified > 0
     }
 
+    /// How many rows of class scores have another top class, and how many there are.
+    #[must_use]
+    pub fn classified(&self) -> (usize, usize) {
+        (self.flipped, self.classified)
+    }
+
     /// The share of samples whose largest class score moved.
     #[must_use]
     pub fn flips(&self) -> f64 {

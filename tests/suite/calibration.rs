@@ -236,3 +236,19 @@ fn a_refit_of_what_did_not_change_does_nothing() {
     );
     assert_eq!(same.graph.edits(), model.graph.edits());
 }
+
+#[test]
+fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
+    let model = model(
+        "(float[N,3,6,6] x) => (float[N,M] y)",
+        "float[8,3,1,1] w = normal(1), float[6,8,1,1] v = normal(2), float[4,6,1,1] u = normal(3),\n\
+         int64 zero = {0}, int64[1] first = {0}, int64[1] rest = {-1}",
+        "a = Conv (x, w)\n b = Relu (a)\n s = Shape (b)\n n = Gather (s, zero)\n m = Unsqueeze (n, first)\n\
+         c = Conv (b, v)\n d = Relu (c)\n e = Conv (d, u)\n t = Concat <axis = 0> (m, rest)\n y = Reshape (e, t)",
+    );
+    let samples = samples(48, &[1, 3, 6, 6]);
+    let (mut after, cx) = prune(&model, ":ratio=0.5", &samples);
+    let before = error(&model, &after, &samples);
+    assert!(refit(&Engine::default(), &model, &mut after, &cx.kept, &samples, &mut |_| {}).unwrap() > 0);
+    assert!(error(&model, &after, &samples) <= before * 1.01);
+}

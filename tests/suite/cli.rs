@@ -238,3 +238,45 @@ fn links_are_followed_and_devices_are_written_into() {
     assert!(run(&[path(&input), path(&pipe)]).status.success());
     assert!(reader.join().unwrap() == std::fs::read(&file).unwrap());
 }
+
+#[test]
+fn moments_are_saved_and_read_and_a_chain_of_results_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (model, data) = (fixture("models/mnist_lenet300.onnx"), fixture("data/mnist.npz"));
+    let common = [path(&model), "--passes", "prune", "--data", path(&data), "--target-macs", "0.5"];
+    let run = |more: &[&str]| {
+        let output = run(&[&common[..], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    let (out, again, moments, chain) = (at("out.onnx"), at("again.onnx"), at("m.bin"), at("chain"));
+    let report = run(&[path(&out), "--save-moments", path(&moments), "--pareto", path(&chain), "--max-flips", "0.5"]);
+    assert!(report.contains("no certificate: ") && report.contains("certified"), "{report}");
+    let report = run(&[path(&again), "--moments", path(&moments)]);
+    assert!(std::fs::read(&out).unwrap() == std::fs::read(&again).unwrap());
+    assert!(report.contains("certificate: the top class changed on"), "{report}");
+    let table = std::fs::read_to_string(chain.join("table.tsv")).unwrap();
+    let rows: Vec<Vec<_>> = table.lines().skip(1).map(|line| line.split('\t').collect()).collect();
+    assert!(rows.len() >= 8, "{table}");
+    for row in &rows {
+        let (asked, macs): (f64, f64) = (row[0].trim_end_matches(".onnx").parse().unwrap(), row[4].parse().unwrap());
+        assert!(macs <= asked / 100.0 && macs >= asked / 100.0 * 0.98, "{table}");
+        assert!(chain.join(row[0]).exists());
+    }
+    // Another model's moments are refused.
+    let other = fixture("models/fmnist_vgg.onnx");
+    let output = self::run(&[path(&other), path(&at("x.onnx")), "--passes", "prune", "--moments", path(&moments)]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("made from another model"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_target_that_can_not_be_reached_is_refused_with_what_can() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, out) = (fixture("models/mnist_lenet300.onnx"), folder.path().join("o.onnx"));
+    let output = run(&[path(&model), path(&out), "--passes", "prune", "--target-size", "0.0001"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("when all that may go is gone"), "{}", text(&output.stderr));
+    assert!(!out.exists());
+}
