@@ -149,6 +149,7 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         keep,
         keep_initializer_inputs: options.keep_initializer_inputs,
         verify: !options.no_verify,
+        warn: if options.quiet { |_| {} } else { |warning| eprintln!("warning: {warning}") },
     };
     let bar = progress(options.quiet);
     let (result, mut report) = shrink(&model, &job, &mut |what| bar.set_message(what.to_owned()))?;

@@ -60,6 +60,8 @@ pub struct Job {
     pub keep_initializer_inputs: bool,
     /// Whether the result is checked.
     pub verify: bool,
+    /// Is told what a person should know before the work is done.
+    pub warn: fn(&str),
 }
 
 impl Default for Job {
@@ -77,6 +79,7 @@ impl Default for Job {
             keep: Vec::new(),
             keep_initializer_inputs: false,
             verify: true,
+            warn: |_| {},
         }
     }
 }

@@ -4,6 +4,7 @@ use super::{
     BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, chain, land, search::Search, stage::Stage, within,
 };
 use crate::{
+    analysis::cost::Cost,
     codec::Model,
     pass::{Context, Fidelity, Price},
     pipeline::Item,
@@ -12,6 +13,9 @@ use crate::{
 
 /// The search aims between these shares of the budget.
 const MARGINS: (f64, f64) = (0.25, 0.9);
+/// The share of its multiply-adds below which no pruned convolutional net of the reference experiment answered better than
+/// chance when nothing made up for what went (algorithms.md §16: two thirds).
+const SURVIVABLE: f64 = 2.0 / 3.0;
 /// After a final word above the budget, the search starts over that much lower, at most so many times.
 const RETRIES: usize = 4;
 
@@ -77,6 +81,7 @@ impl<'a> Lossy<'a> {
         let left = stage.run(cx, &|i| is_given(i).then(Price::default), judge.as_ref(), self.progress)?;
         self.report.passes = left.outcomes;
         let left = left.model;
+        self.warn_of_chance(&left, cx);
         let of_given = self.last.compare(&left)?;
         self.check_given(&of_given, is_lossy)?;
         if self.job.items.iter().any(Item::is_free) {
@@ -105,12 +110,30 @@ impl<'a> Lossy<'a> {
         let price = land::price(stage, self.job, target, &self.report.before, cx, self.progress)?;
         let judge = stage.judge(self.model)?;
         let result = stage.run(cx, &|_| Some(Price::per_byte(price)), judge.as_ref(), self.progress)?;
+        self.warn_of_chance(&result.model, cx);
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;
         let difference = self.last.compare(&result.model)?;
         self.check_given(&difference, true)?;
         self.conclude(difference);
         Ok(result.model)
+    }
+
+    /// Says so before anything else is done with it if `model` is a convolutional net that was pruned further than such nets
+    /// survive without samples.
+    fn warn_of_chance(&self, model: &Model, cx: &Context) {
+        let is_pruned = self.job.items.iter().any(|item| matches!(item, Item::Pass(step) if step.info.name == "prune"));
+        let (before, after) = (&self.report.before, Cost::of(model, &cx.bound));
+        let share = after.macs as f64 / before.macs.max(1) as f64;
+        if is_pruned && cx.moments.is_empty() && before.nodes.contains_key("Conv") && share < SURVIVABLE {
+            (self.job.warn)(&format!(
+                "pruning leaves {:.0} % of the multiply-adds, and without samples nothing makes up for what goes: \
+                 convolutional nets answer at chance level below about {:.0} %; give a few hundred unlabelled samples with \
+                 --data",
+                share * 100.0,
+                SURVIVABLE * 100.0
+            ));
+        }
     }
 
     /// Reports the final word of a lossy result, and what it says about inputs that nobody has seen.

@@ -272,6 +272,20 @@ fn moments_are_saved_and_read_and_a_chain_of_results_is_written() {
 }
 
 #[test]
+fn pruning_a_convolutional_net_to_chance_level_is_said_beforehand() {
+    let model = fixture("models/fmnist_resnet14.onnx");
+    let warned = |more: &[&str]| {
+        let output = run(&[&[path(&model), "out.onnx", "--dry-run"], more].concat());
+        text(&output.stderr).contains("warning: pruning leaves")
+    };
+    assert!(warned(&["--passes", "prune:ratio=0.5"]));
+    assert!(warned(&["--passes", "prune", "--target-macs", "0.5"]));
+    assert!(!warned(&["--passes", "prune:ratio=0.1"]));
+    let data = fixture("data/fashion.npz");
+    assert!(!warned(&["--passes", "prune:ratio=0.5", "--data", path(&data)]));
+}
+
+#[test]
 fn a_target_that_can_not_be_reached_is_refused_with_what_can() {
     let folder = tempfile::tempdir().unwrap();
     let (model, out) = (fixture("models/mnist_lenet300.onnx"), folder.path().join("o.onnx"));
