@@ -139,13 +139,15 @@ pub struct Price {
     pub per_byte: f64,
     /// The most that the predicted error of one layer may be.
     pub ceiling: f64,
+    /// The most steps that a pass takes which goes step by step: many may be worth the same price.
+    pub steps: usize,
 }
 
 impl Price {
     /// A price for each byte, whatever the error of one layer.
     #[must_use]
     pub fn per_byte(per_byte: f64) -> Self {
-        Self { per_byte, ceiling: f64::INFINITY }
+        Self { per_byte, ceiling: f64::INFINITY, steps: usize::MAX }
     }
 }
 
@@ -170,6 +172,8 @@ pub struct Context {
     pub has_target: bool,
     /// What layers read, over samples; empty where there are none.
     pub moments: Arc<moments::Table>,
+    /// The same over other samples, which show how far a fit to the first can be trusted.
+    pub held_out: Arc<moments::Table>,
     /// What measures a graph against the one that the first lossy pass saw, where there are samples.
     pub yardstick: Option<Arc<Yardstick>>,
     /// Which channels are left of the values of the model that the first lossy pass saw.

@@ -270,10 +270,10 @@ impl Prune {
         outermost: bool,
     ) -> Arc<Curve> {
         let none = moments::Table::new();
-        let table = Arc::clone(&cx.moments);
-        let table = if outermost { &*table } else { &none };
+        let (table, others) = (Arc::clone(&cx.moments), Arc::clone(&cx.held_out));
+        let (table, others) = if outermost { (&*table, &*others) } else { (&none, &none) };
         let score = self.score.unwrap_or(if table.is_empty() { Score::L2 } else { Score::Obs });
-        cx.remember(score.key(graph, channels, group, table), || score.curve(graph, channels, group, table))
+        cx.remember(score.key(graph, channels, group, table), || score.curve(graph, channels, group, (table, others)))
     }
 
     /// How many units of each group go.

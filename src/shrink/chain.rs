@@ -6,7 +6,7 @@ use super::{Job, ShrinkError, land, stage::Stage};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
-    pass::{Context, Price},
+    pass::Context,
     verify::{Certificate, Difference, Reference},
 };
 
@@ -48,7 +48,7 @@ pub(super) fn links(
             Err(ShrinkError::OutOfReach { .. }) => break,
             price => price?,
         };
-        let result = stage.run(cx, &|_| Some(Price::per_byte(price)), judge.as_ref(), progress)?;
+        let result = stage.run(cx, &|_| Some(price), judge.as_ref(), progress)?;
         let difference = last.compare(&result.model)?;
         let certificate = Certificate::of(&difference).ok();
         let bound = certificate.as_ref().map_or(1.0, |certificate| certificate.bound);

@@ -10,8 +10,10 @@ use crate::{
 const NEAR: f64 = 0.005;
 /// Prices are looked for between these powers of ten: predicted error for a byte or a multiply-add.
 const POWERS: (f64, f64) = (-24.0, 6.0);
-/// Halvings of that range, after which a price is known to a millionth.
-const HALVINGS: usize = 48;
+/// Halvings of that range, after which a price is known to a hundredth.
+const HALVINGS: usize = 14;
+/// More steps than any model has channels.
+const MAX_STEPS: usize = 1 << 20;
 
 /// The price at which so large a share of the cost `before` is left, or a little less; nothing is measured on the way.
 pub(super) fn price(
@@ -21,35 +23,42 @@ pub(super) fn price(
     before: &Cost,
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
-) -> Result<f64, ShrinkError> {
+) -> Result<Price, ShrinkError> {
     let of = |cost: &Cost| match job.minimize {
         Minimize::Bytes => cost.bytes as f64,
         Minimize::Macs => cost.macs as f64,
     };
     let whole = of(before);
     let bound = cx.bound.clone();
-    let mut share = |power: f64, progress: &mut dyn FnMut(&str)| {
-        let price = Price::per_byte(libm::pow(10.0, power));
+    let mut share = |price: Price, progress: &mut dyn FnMut(&str)| {
+        progress("looking for the target");
         let result = stage.run(cx, &|_| Some(price), None, progress)?;
         Ok::<_, ShrinkError>(of(&Cost::of(&result.model, &bound)) / whole.max(1.0))
     };
+    let at = |power: f64| Price::per_byte(libm::pow(10.0, power));
     let (mut low, mut high) = POWERS;
-    let least = share(high, progress)?;
+    let least = share(at(high), progress)?;
     if least > target {
         return Err(ShrinkError::OutOfReach { target, least });
     }
-    for step in 1..=HALVINGS {
-        progress(&format!("looking for the target, step {step}"));
+    let near = target * (1.0 - NEAR);
+    for _ in 0..HALVINGS {
         let middle = f64::midpoint(low, high);
-        let found = share(middle, progress)?;
-        if found > target {
-            low = middle;
-        } else {
-            high = middle;
-            if found >= target * (1.0 - NEAR) {
-                break;
-            }
+        let found = share(at(middle), progress)?;
+        if (near..=target).contains(&found) {
+            return Ok(at(middle));
         }
+        *(if found > target { &mut low } else { &mut high }) = middle;
     }
-    Ok(libm::pow(10.0, high))
+    // Where many steps are worth the same price, so many are taken that the target is just reached.
+    let (mut few, mut many) = (0, MAX_STEPS);
+    while many - few > 1 {
+        let middle = few.midpoint(many);
+        let found = share(Price { steps: middle, ..at(high) }, progress)?;
+        if (near..=target).contains(&found) {
+            return Ok(Price { steps: middle, ..at(high) });
+        }
+        *(if found > target { &mut few } else { &mut many }) = middle;
+    }
+    Ok(Price { steps: many, ..at(high) })
 }

@@ -109,7 +109,7 @@ impl<'a> Lossy<'a> {
     fn land(mut self, stage: &Stage<'_>, target: f64, cx: &mut Context) -> Result<Model, ShrinkError> {
         let price = land::price(stage, self.job, target, &self.report.before, cx, self.progress)?;
         let judge = stage.judge(self.model)?;
-        let result = stage.run(cx, &|_| Some(Price::per_byte(price)), judge.as_ref(), self.progress)?;
+        let result = stage.run(cx, &|_| Some(price), judge.as_ref(), self.progress)?;
         self.warn_of_chance(&result.model, cx);
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;

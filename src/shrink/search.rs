@@ -205,7 +205,7 @@ impl<'a> Search<'a> {
     ) -> Result<(), ShrinkError> {
         let with = |ceiling: f64| {
             let mut prices = prices.to_vec();
-            prices[i] = Price { per_byte: f64::INFINITY, ceiling };
+            prices[i] = Price { ceiling, ..Price::per_byte(f64::INFINITY) };
             prices
         };
         self.climb(aim * aim / self.factors[i], aim, &with, best, progress).map(drop)

@@ -54,8 +54,11 @@ impl<'a> Stage<'a> {
         let searches = job.target.is_none() && job.items.iter().any(Item::is_free);
         let choose = if searches || samples.random { Vec::new() } else { samples.part(Split::Search) };
         if !fit.is_empty() {
-            let few = fit.iter().take(PROBES).cloned().collect();
+            // What was fitted to a few samples is judged by others.
+            let few = samples.part(Split::Search).into_iter().take(PROBES).collect();
             cx.yardstick = Some(Arc::new(Yardstick::new(engine, &model, few)?));
+            let others = samples.part(Split::Search);
+            cx.held_out = Arc::new(moments::collect(engine, &model, &others, job.max_gram_dim, &mut |_| {})?);
         }
         if let Some(known) = &job.moments {
             let layers = Linear::all(&model.graph);

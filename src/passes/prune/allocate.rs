@@ -169,7 +169,7 @@ pub(super) fn allocate(
     let mut left: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
     let mut at = vec![0; groups.len()];
     // The groups whose marginal costs changed with the last step are those that share a term with it: all are looked at.
-    loop {
+    for _ in 0..price.steps {
         let offer = |i: usize| {
             let slope = *steps[i].slopes.get(at[i])?;
             let gone = groups[i].units.len() - steps[i].counts[at[i] + 1];

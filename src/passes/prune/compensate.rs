@@ -21,6 +21,20 @@ pub(super) fn readers_of(graph: &Graph, weight: Outlet) -> Vec<Linear> {
     uses.filter_map(|(node, _)| Linear::of(graph, node)).filter(|linear| linear.groups == 1).collect()
 }
 
+/// The moments of what `readers` of one weight read, taken together.
+fn read(graph: &Graph, readers: &[Linear], table: &Table) -> Option<Moments> {
+    let mut moments: Option<Moments> = None;
+    for reader in readers {
+        let [own] = &table.get(&reader.source(graph))?[..] else { return None };
+        match &mut moments {
+            Some(moments) => moments.merge(own),
+            None => moments = Some(own.clone()),
+        }
+    }
+    let size = readers.first()?.columns;
+    moments.filter(|moments| moments.count > 0 && moments.sum.len() == size)
+}
+
 /// A weight, and what is known of what it reads.
 pub(super) struct Statistic {
     /// W, o×d.
@@ -35,27 +49,23 @@ pub(super) struct Statistic {
     /// tr(W·C·Wᵀ).
     pub(super) energy: f64,
     pub(super) ridge: f64,
+    /// E[(x − μ)(x − μ)ᵀ] over other samples, where there are some.
+    pub(super) check: Option<DMatrix<f64>>,
     /// Columns for each index along the axis that reads.
     taps: usize,
 }
 
 impl Statistic {
-    /// Of `weight`, whose `axis` reads channels; `None` where nothing is known.
-    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, table: &Table) -> Option<Self> {
+    /// Of `weight`, whose `axis` reads channels, by the moments of `table` and those of other samples; `None` where nothing is
+    /// known.
+    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, (table, others): (&Table, &Table)) -> Option<Self> {
         let readers = readers_of(graph, weight);
         let first = readers.first()?;
         if readers.len() != graph.uses(weight).len() || axis == first.output_axis() {
             return None;
         }
-        let mut moments: Option<Moments> = None;
-        for reader in &readers {
-            let [own] = &table.get(&reader.source(graph))?[..] else { return None };
-            match &mut moments {
-                Some(moments) => moments.merge(own),
-                None => moments = Some(own.clone()),
-            }
-        }
-        let moments = moments.filter(|moments| moments.count > 0 && moments.sum.len() == first.columns)?;
+        let moments = read(graph, &readers, table)?;
+        let others = read(graph, &readers, others);
         let weight = first.matrices(&graph.constant(weight)?.f64s()?).into_iter().next()?;
         let covariance = if first.is_direct() { moments.covariance() } else { moments.second() };
         let crossed = product(&weight, &covariance);
@@ -71,6 +81,10 @@ impl Statistic {
             correlations: DVector::from_iterator(first.columns, (0..first.columns).map(correlation)),
             energy: energy(&weight, &covariance),
             ridge: moments.ridge(),
+            check: others.map(|others| {
+                let drift = others.mean() - moments.mean();
+                if first.is_direct() { others.covariance() + &drift * drift.transpose() } else { others.second() }
+            }),
             taps: first.taps,
             covariance,
             weight,
@@ -115,7 +129,9 @@ impl Compensation {
             if go.is_empty() || stay.is_empty() {
                 continue;
             }
-            let Some(statistic) = Statistic::of(graph, side.weight, side.axis, table) else { continue };
+            let Some(statistic) = Statistic::of(graph, side.weight, side.axis, (table, &Table::new())) else {
+                continue;
+            };
             let columns = |indices: &[usize]| indices.iter().flat_map(|&i| statistic.columns_of(i)).collect::<Vec<_>>();
             let Some((matrix, shift)) = statistic.without(&columns(&stay), &columns(&go), bias_only) else { continue };
             for reader in readers_of(graph, side.weight) {

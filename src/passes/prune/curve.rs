@@ -17,9 +17,16 @@ pub(super) struct Curve {
     pub(super) errors: Vec<f64>,
 }
 
+/// The curve is checked on samples that the fit has not seen at so many points.
+const CHECKS: usize = 16;
+
 /// A weight that reads the channels of a layer, as W·x for x of a known covariance.
 #[derive(Clone)]
 pub(super) struct Reader {
+    /// W before anything went.
+    original: DMatrix<f64>,
+    /// E[(x − μ)(x − μ)ᵀ] over samples that the fit has not seen, μ the mean of those that it has.
+    check: Option<DMatrix<f64>>,
     /// W, o×d.
     weight: DMatrix<f64>,
     /// (C + λI)⁻¹, d×d.
@@ -37,11 +44,13 @@ impl Reader {
         covariance: &DMatrix<f64>,
         ridge: f64,
         columns: Vec<Vec<usize>>,
+        check: Option<DMatrix<f64>>,
     ) -> Option<Self> {
         let energy = energy(&weight, covariance);
         let (factor, _) = Cholesky::ridged(covariance, ridge)?;
         let inverse = factor.inverse(covariance.nrows());
-        (energy > 0.0 && energy.is_finite()).then_some(Self { weight, inverse, energy, columns })
+        let original = weight.clone();
+        (energy > 0.0 && energy.is_finite()).then_some(Self { original, check, weight, inverse, energy, columns })
     }
 
     /// The inverse's block of `unit`, inverted, and W's columns of it.
@@ -58,6 +67,13 @@ impl Reader {
             return 0.0;
         }
         self.block(unit).map_or(f64::INFINITY, |(block, own)| (&own * block).dot(&own) / self.energy)
+    }
+
+    /// The error so far on samples that the fit has not seen: few samples make a fit look better than it is.
+    fn checked(&self) -> Option<f64> {
+        let check = self.check.as_ref()?;
+        let whole = energy(&self.original, check);
+        (whole > 0.0).then(|| energy(&(&self.weight - &self.original), check) / whole)
     }
 
     /// Removes `unit`: `W ← W − W_J·(H⁻¹_JJ)⁻¹·H⁻¹_J`, and `H⁻¹ ← H⁻¹ − H⁻¹_J·(H⁻¹_JJ)⁻¹·H⁻¹_Jᵀ`.
@@ -83,39 +99,26 @@ impl Reader {
 impl Curve {
     /// Greedy structured OBS over all `readers` of `count` units (Hassibi & Stork 1993; Kurtic 2023): always the unit goes
     /// that costs least.
-    pub(super) fn greedy(mut readers: Vec<Reader>, count: usize) -> Self {
-        let (mut left, mut error) = ((0..count).collect::<Vec<_>>(), 0.0);
-        let mut curve = Self { order: Vec::new(), errors: Vec::new() };
+    pub(super) fn greedy(readers: Vec<Reader>, count: usize) -> Self {
+        let (mut left, mut walk) = ((0..count).collect::<Vec<_>>(), Walk::new(readers, count));
         while left.len() > 1 {
-            let cost = |unit: usize| readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
-            let mut costs: Vec<_> = left.iter().map(|&unit| (cost(unit), unit)).collect();
+            let mut costs: Vec<_> = left.iter().map(|&unit| (walk.cost(unit), unit)).collect();
             costs.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
             for &(_, unit) in costs.iter().take((left.len() / ROUND).max(1).min(left.len() - 1)) {
-                error += readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
-                for reader in &mut readers {
-                    reader.remove(unit);
-                }
                 left.retain(|&other| other != unit);
-                curve.order.push(unit);
-                curve.errors.push(error);
+                walk.remove(unit);
             }
         }
-        curve
+        walk.finish()
     }
 
     /// The units in the order of their scores, the smallest first; each reader makes up for what went before.
-    pub(super) fn scored(mut readers: Vec<Reader>, scores: &[f64]) -> Self {
-        let order = ascending(scores);
-        let mut error = 0.0;
-        let errors = order.iter().map(|&unit| {
-            error += readers.iter().map(|reader| reader.cost(unit)).sum::<f64>();
-            for reader in &mut readers {
-                reader.remove(unit);
-            }
-            error
-        });
-        let errors = errors.collect();
-        Self { order, errors }
+    pub(super) fn scored(readers: Vec<Reader>, scores: &[f64]) -> Self {
+        let mut walk = Walk::new(readers, scores.len());
+        for unit in ascending(scores) {
+            walk.remove(unit);
+        }
+        walk.finish()
     }
 
     /// The units in the order of their scores, where nothing is known of what is read: the error is the share of the squared
@@ -130,6 +133,54 @@ impl Curve {
         });
         let errors = errors.collect();
         Self { order, errors }
+    }
+}
+
+/// Units being removed one after another.
+struct Walk {
+    readers: Vec<Reader>,
+    curve: Curve,
+    /// Removals between two checks, and what the error at each check is above the prediction, with how many units were gone.
+    every: usize,
+    checks: Vec<(usize, f64)>,
+}
+
+impl Walk {
+    fn new(readers: Vec<Reader>, count: usize) -> Self {
+        let curve = Curve { order: Vec::new(), errors: Vec::new() };
+        Self { readers, curve, every: count.div_ceil(CHECKS).max(1), checks: vec![(0, 0.0)] }
+    }
+
+    fn cost(&self, unit: usize) -> f64 {
+        self.readers.iter().map(|reader| reader.cost(unit)).sum()
+    }
+
+    fn remove(&mut self, unit: usize) {
+        let before = self.curve.errors.last().copied().unwrap_or(0.0);
+        self.curve.errors.push(before + self.cost(unit));
+        self.curve.order.push(unit);
+        for reader in &mut self.readers {
+            reader.remove(unit);
+        }
+        let gone = self.curve.order.len();
+        if gone.is_multiple_of(self.every) {
+            let checked: f64 = self.readers.iter().map(|reader| reader.checked().unwrap_or(0.0)).sum();
+            let predicted = self.curve.errors.last().copied().unwrap_or(0.0);
+            self.checks.push((gone, (checked - predicted).max(0.0)));
+        }
+    }
+
+    /// The curve, lifted by what the checks found, with straight lines between them.
+    fn finish(mut self) -> Curve {
+        let mut floor = 0.0_f64;
+        for (gone, error) in (1..).zip(&mut self.curve.errors) {
+            let next = self.checks.partition_point(|check| check.0 < gone).min(self.checks.len() - 1);
+            let ((a, low), (b, high)) = (self.checks[next.saturating_sub(1)], self.checks[next]);
+            let share = if b > a { ((gone - a) as f64 / (b - a) as f64).min(1.0) } else { 1.0 };
+            floor = floor.max(*error + low + share * (high - low));
+            *error = floor;
+        }
+        self.curve
     }
 }
 
@@ -205,7 +256,8 @@ mod tests {
     #[test]
     fn the_error_of_each_removal_is_that_of_the_best_fit_of_what_is_left() {
         let readers = readers();
-        let build = || readers.iter().map(|(w, c, units)| Reader::new(w.clone(), c, 1e-12, units.clone()).unwrap());
+        let build =
+            || readers.iter().map(|(w, c, units)| Reader::new(w.clone(), c, 1e-12, units.clone(), None).unwrap());
         for curve in [Curve::greedy(build().collect(), 4), Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0])] {
             assert_eq!(curve.order.len(), 3);
             for gone in 1..=3 {
@@ -227,6 +279,22 @@ mod tests {
         let best = (0..4).min_by(|&a, &b| first(a).total_cmp(&first(b))).unwrap();
         assert_eq!(Curve::greedy(build().collect(), 4).order[0], best);
         assert_eq!(Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0]).order, [1, 2, 0]);
+    }
+
+    #[test]
+    fn a_fit_that_only_suits_its_own_samples_is_seen_through() {
+        let [(weight, covariance, units), _] = readers();
+        let curve = |check: &DMatrix<f64>| {
+            let reader = Reader::new(weight.clone(), &covariance, 1e-12, units.clone(), Some(check.clone())).unwrap();
+            Curve::scored(vec![reader], &[3.0, 1.0, 2.0, 4.0]).errors
+        };
+        let (own, other) = (curve(&covariance), curve(&DMatrix::identity(12, 12)));
+        assert!(own.iter().zip(&other).all(|(own, other)| own <= other), "{own:?} {other:?}");
+        assert!(other[0] > own[0] * 1.5, "{own:?} {other:?}");
+        // On the same samples, the check agrees with the prediction.
+        let plain = Reader::new(weight.clone(), &covariance, 1e-12, units.clone(), None).unwrap();
+        let plain = Curve::scored(vec![plain], &[3.0, 1.0, 2.0, 4.0]).errors;
+        assert!(own.iter().zip(&plain).all(|(own, plain)| (own - plain).abs() < 1e-6), "{own:?} {plain:?}");
     }
 
     #[test]

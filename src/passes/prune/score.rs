@@ -67,11 +67,17 @@ impl Score {
     }
 
     /// The order in which the units of `group` go by this score, and the error that this makes.
-    pub(super) fn curve(self, graph: &Graph, channels: &Channels, group: &Group, table: &Table) -> Curve {
-        let statistics = statistics(graph, channels, group, table);
+    pub(super) fn curve(self, graph: &Graph, channels: &Channels, group: &Group, tables: (&Table, &Table)) -> Curve {
+        let statistics = statistics(graph, channels, group, tables);
         let readers = || -> Vec<Reader> {
             let reader = |(statistic, columns): &(Statistic, Vec<Vec<usize>>)| {
-                Reader::new(statistic.weight.clone(), &statistic.covariance, statistic.ridge, columns.clone())
+                Reader::new(
+                    statistic.weight.clone(),
+                    &statistic.covariance,
+                    statistic.ridge,
+                    columns.clone(),
+                    statistic.check.clone(),
+                )
             };
             statistics.iter().filter_map(reader).collect()
         };
@@ -141,10 +147,15 @@ impl Score {
 }
 
 /// What is known of the weights that read `group`, and the columns by which each reads each unit.
-fn statistics(graph: &Graph, channels: &Channels, group: &Group, table: &Table) -> Vec<(Statistic, Vec<Vec<usize>>)> {
+fn statistics(
+    graph: &Graph,
+    channels: &Channels,
+    group: &Group,
+    tables: (&Table, &Table),
+) -> Vec<(Statistic, Vec<Vec<usize>>)> {
     let places = group.places();
     let of_side = |side: &Side| {
-        let statistic = Statistic::of(graph, side.weight, side.axis, table)?;
+        let statistic = Statistic::of(graph, side.weight, side.axis, tables)?;
         let mut columns = vec![Vec::new(); group.units.len()];
         for index in 0..channels.extent(side.weight, side.axis)? {
             if let Some(&place) = places.get(&channels.class(side.weight, side.axis, index)?) {
