@@ -75,10 +75,10 @@ pub fn refit(
         let values = probe.run(sample)?;
         let rows = |(target, value): (&Target, &Outlet)| {
             let value = &values[unique.binary_search(value).unwrap_or_default()];
-            let at = places(&target.linear, value, model.graph.name(target.result), *key);
+            let at = moments::positions(target.linear.positions_of(value), model.graph.name(target.result), *key);
             let rows = target.linear.results(value, &at);
             let name = model.graph.name(target.value);
-            let axis = channel_axis(&target.linear, value);
+            let axis = target.linear.channel_axis(value);
             let rows = match kept.get(name).and_then(|axes| axes.get(&axis)) {
                 Some(kept) => rows.select_rows(kept),
                 None => rows,
@@ -99,16 +99,6 @@ pub fn refit(
         fitted += usize::from(fit(&mut model.graph, target, &walk, &keys).is_some());
     }
     Ok(fitted)
-}
-
-fn channel_axis(linear: &Linear, value: &Value) -> usize {
-    if linear.is_patches() { 1 } else { value.dims.len().saturating_sub(1) }
-}
-
-/// The positions at which the result `value` of a layer is looked at.
-fn places(linear: &Linear, value: &Value, name: &str, key: u64) -> Vec<usize> {
-    let channels = value.dims.get(channel_axis(linear, value)).copied().unwrap_or(1).max(1);
-    moments::positions(value.values.len() / channels, name, key)
 }
 
 /// The layers of `model` that read something else than in the original, in order, with what each is fitted to.

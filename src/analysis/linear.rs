@@ -164,10 +164,13 @@ impl Linear {
         self.form != Form::Pixels
     }
 
-    /// Whether the channels of the operand and of the result stand along axis 1, else along the last.
+    /// The axis of `value`, the operand or the result, along which its channels stand.
     #[must_use]
-    pub fn is_patches(&self) -> bool {
-        !matches!(self.form, Form::Dense { .. })
+    pub fn channel_axis(&self, value: &Value) -> usize {
+        match self.form {
+            Form::Dense { .. } => value.dims.len().saturating_sub(1),
+            Form::Patches(_) | Form::Pixels => 1,
+        }
     }
 
     /// The axis of the constant that makes output channels.
@@ -210,6 +213,12 @@ impl Linear {
                 x.dims[0] * (0..window.kernel.len()).map(|a| window.slide(a, x.dims[a + 2]).0).product::<usize>()
             }
         }
+    }
+
+    /// How many vectors a value shaped like the result was made of.
+    #[must_use]
+    pub fn positions_of(&self, y: &Value) -> usize {
+        y.values.len() / y.dims.get(self.channel_axis(y)).copied().unwrap_or(1).max(1)
     }
 
     /// The vectors of `x` at `positions` as columns, those of each group: d×n.

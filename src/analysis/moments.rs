@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::linear::Linear;
 use crate::{
     codec::Model,
-    ir::Outlet,
+    ir::{Graph, Outlet},
     linalg::add_gram,
     verify::{Cannot, Engine, Value},
 };
@@ -95,19 +95,29 @@ impl Moments {
     /// free (with 128 samples of 784 pixels, `mnist_lenet300` shrinks to 45 % instead of 59 % within one budget).
     #[must_use]
     pub fn ridge(&self) -> f64 {
-        ridge(self.count, self.sum.len())
+        let scarcity = self.sum.len() as f64 / self.count.max(1) as f64;
+        if scarcity > 0.2 { 1e-2 * scarcity.powi(2).max(1.0) } else { 1e-3 }
     }
-}
-
-/// See [`Moments::ridge`].
-#[must_use]
-pub fn ridge(count: u64, size: usize) -> f64 {
-    let scarcity = size as f64 / count.max(1) as f64;
-    if scarcity > 0.2 { 1e-2 * scarcity.powi(2).max(1.0) } else { 1e-3 }
 }
 
 /// Moments by [source](Linear::source), for each group of the layers that read it.
 pub type Table = BTreeMap<String, Vec<Moments>>;
+
+/// What `layers` read, taken together: all vectors that the one weight of theirs multiplies. `None` where that is not known of
+/// each of them, or they have groups.
+#[must_use]
+pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Moments> {
+    let mut moments: Option<Moments> = None;
+    for layer in layers {
+        let [own] = &table.get(&layer.source(graph))?[..] else { return None };
+        match &mut moments {
+            Some(moments) => moments.merge(own),
+            None => moments = Some(own.clone()),
+        }
+    }
+    let size = layers.first()?.columns;
+    moments.filter(|moments| moments.count > 0 && moments.sum.len() == size)
+}
 
 /// The hash of a sample: it, and not its place, decides where it is looked at.
 #[must_use]

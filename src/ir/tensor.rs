@@ -105,6 +105,12 @@ impl Tensor {
         Self::made(DType::Int64, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
+    /// Whether its elements are floating-point numbers, none of which is NaN or infinite.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.f64s().is_some_and(|values| values.iter().all(|v| v.is_finite()))
+    }
+
     /// A tensor of the integer type `dtype` of at least eight bits, or of booleans; `None` for other types, and where a
     /// value does not fit.
     #[must_use]

@@ -1,6 +1,6 @@
 //! See [`FuseAffine`].
 
-use super::layer::{Layer, is_finite, pads};
+use super::layer::{Layer, pads};
 use crate::{
     analysis::shapes::Shapes,
     eval,
@@ -229,7 +229,7 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     let merged = Op::new(op(inner.is_inverse != outer.is_inverse));
     let merged = eval::evaluate(&merged, graph.opset(), &[Some(first), Some(second)])?.pop()?;
     let merged = Weight::dense(merged);
-    if merged.value().len() > a.len().max(b.len()) || !is_finite(&merged) {
+    if merged.value().len() > a.len().max(b.len()) || !merged.value().is_finite() {
         return None;
     }
     let kept = op(inner.is_inverse && outer.is_inverse);

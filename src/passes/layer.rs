@@ -69,12 +69,12 @@ impl Layer {
         for (value, (output, input)) in values.iter_mut().zip(self.channels_of(weight.value())) {
             *value *= factor(output, input);
         }
-        weight.fit(weight.value().dims(), &values).filter(is_finite)
+        weight.fit(weight.value().dims(), &values).filter(|weight| weight.value().is_finite())
     }
 
     /// A bias of these values, stored as the weight is; `None` where they are not finite.
     pub(super) fn fit_bias(&self, graph: &Graph, bias: &[f64]) -> Option<Weight> {
-        graph.weight(self.weight)?.fit(&[self.channels.0], bias).filter(is_finite)
+        graph.weight(self.weight)?.fit(&[self.channels.0], bias).filter(|weight| weight.value().is_finite())
     }
 
     /// The output and input channel of each element of the weight.
@@ -96,9 +96,4 @@ impl Layer {
 pub(super) fn pads(op: &Op) -> bool {
     op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0))
         || !matches!(op.string("auto_pad"), None | Some("NOTSET" | "VALID"))
-}
-
-/// Whether every element is a number and finite.
-pub(super) fn is_finite(weight: &Weight) -> bool {
-    weight.value().f64s().is_some_and(|values| values.iter().all(|v| v.is_finite()))
 }

@@ -2,7 +2,7 @@
 
 use nalgebra::{DMatrix, DVector};
 
-use super::layer::{Layer, is_finite, pads};
+use super::layer::{Layer, pads};
 use crate::{
     ir::{Graph, NodeId, Op, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite},
@@ -48,7 +48,7 @@ fn flatten(layer: &Layer, kernels: &[DMatrix<f64>], dims: &[usize], template: &W
     let outer = Tensor::i64(dims, &vec![0; dims.iter().product()]);
     let entry = |(i, (output, input)): (usize, (usize, usize))| kernels[i % kernels.len()][(output, input)];
     let values: Vec<f64> = layer.channels_of(&outer).enumerate().map(entry).collect();
-    template.fit(dims, &values).filter(is_finite)
+    template.fit(dims, &values).filter(|weight| weight.value().is_finite())
 }
 
 /// Whether the convolution at `node` looks at each pixel where it is, alone.

@@ -26,7 +26,7 @@ use crate::{
         moments,
         shapes::Shapes,
     },
-    ir::{Graph, Tensor},
+    ir::{Graph, Tensor, tensor::is_float},
     pass::{Context, Declare, Fidelity, Pass, open_to_loss},
 };
 
@@ -163,11 +163,8 @@ fn groups(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Group> {
         if let (true, Some(reason)) = (units.is_empty(), reason) {
             cx.decline(first, &format!("its channels must stay: {reason}"));
         }
-        let finite = |side: &Side| {
-            let values = graph.constant(side.weight).and_then(Tensor::f64s);
-            values.is_none_or(|values| values.iter().all(|v| v.is_finite()))
-        };
-        if !sides.iter().all(finite) {
+        let damaged = |weight: &Tensor| is_float(weight.dtype()) && !weight.is_finite();
+        if sides.iter().any(|side| graph.constant(side.weight).is_some_and(damaged)) {
             cx.decline(first, "its weights are not finite");
             return None;
         }
@@ -286,20 +283,21 @@ impl Prune {
         curves: &[Arc<Curve>],
         cx: &Context,
     ) -> Vec<usize> {
+        let multiples: Vec<_> = groups.iter().map(|group| self.multiple(group, graph, cx)).collect();
         if let Some(ratio) = self.ratio {
-            let count = |group: &Group| {
-                let wanted = (ratio * group.units.len() as f64).floor() as usize;
-                self.rounded(wanted.min(group.units.len() - 1), group, graph, cx)
+            // So many, less what makes those that are left a multiple.
+            let count = |(group, &multiple): (&Group, &usize)| {
+                let wanted = ((ratio * group.units.len() as f64).floor() as usize).min(group.units.len() - 1);
+                group.width - (group.width - wanted).next_multiple_of(multiple)
             };
-            return groups.iter().map(count).collect();
+            return groups.iter().zip(&multiples).map(count).collect();
         }
         let costs = Costs::of(graph, shapes, channels, groups, cx.minimize);
-        let allowed = |i: usize, gone: usize| self.rounded(gone, &groups[i], graph, cx) == gone;
-        allocate(groups, curves, &costs, cx.price, &allowed)
+        allocate(groups, curves, &costs, cx.price, &multiples)
     }
 
-    /// `count`, less what makes the channels that are left a multiple of what runtimes compute in.
-    fn rounded(&self, count: usize, group: &Group, graph: &Graph, cx: &Context) -> usize {
+    /// What the count of channels that are left of `group` is to be a multiple of.
+    fn multiple(&self, group: &Group, graph: &Graph, cx: &Context) -> usize {
         let is_convolution = |side: &Side| graph.constant(side.weight).is_some_and(|weight| weight.dims().len() > 2);
         let wanted = match self.multiple {
             Some(multiple) => multiple,
@@ -307,7 +305,6 @@ impl Prune {
             None => 1,
         };
         let common = 1 << wanted.trailing_zeros().min(group.width.trailing_zeros());
-        let multiple = if group.width.is_multiple_of(wanted) { wanted } else { common };
-        group.width - (group.width - count).next_multiple_of(multiple)
+        if group.width.is_multiple_of(wanted) { wanted } else { common }
     }
 }

@@ -1,10 +1,12 @@
 //! See [`Svd`].
 
+use std::sync::Arc;
+
 use nalgebra::{DMatrix, DVector};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
-    analysis::{linear::Linear, moments::Moments},
+    analysis::{linear::Linear, moments::together},
     ir::{Graph, Inlet, NodeId, Op, Outlet},
     linalg::{Cholesky, Spectrum, product},
     pass::{Context, Declare, Fidelity, Pass, open_to_loss},
@@ -157,10 +159,11 @@ impl Svd {
         let flip = metric.as_ref().is_some_and(|metric| metric.transposed);
         let turned = |matrix: DMatrix<f64>| if flip { matrix.transpose() } else { matrix };
         let matrix = turned(DMatrix::from_row_slice(rows, columns, &values));
+        let read = metric.as_ref().and_then(|metric| metric.read.as_ref().as_ref());
         let key =
             stored.value().hash() ^ self.rank.unwrap_or(0) as u64 ^ metric.as_ref().map_or(0, |metric| metric.key);
-        let spectrum = cx.remember(key, || match &metric {
-            Some(metric) => Spectrum::of(&product(&matrix, &metric.root), self.rank),
+        let spectrum = cx.remember(key, || match read {
+            Some(read) => Spectrum::of(&product(&matrix, &read.root), self.rank),
             None => Spectrum::of(&matrix, self.rank),
         });
         let spectrum = spectrum.as_ref().as_ref()?;
@@ -171,8 +174,8 @@ impl Svd {
         };
         cx.predicted += spectrum.tail(rank) / spectrum.total.max(f64::MIN_POSITIVE) * layers.len() as f64;
         let (left, right) = spectrum.factors(&matrix, rank);
-        if let Some(metric) = &metric {
-            let lost = (&matrix - product(&left, &right)) * &metric.mean;
+        if let (Some(metric), Some(read)) = (&metric, read) {
+            let lost = (&matrix - product(&left, &right)) * &read.mean;
             for linear in &metric.layers {
                 let bias = Bias::of(graph, linear);
                 let values = bias.values(graph, linear)?;
@@ -228,38 +231,38 @@ struct Metric {
     layers: Vec<Linear>,
     /// Whether the constant holds Wᵀ.
     transposed: bool,
-    /// L with L·Lᵀ = C, the covariance of what is read.
-    root: DMatrix<f64>,
-    mean: DVector<f64>,
     /// A hash of where it comes from.
     key: u64,
+    read: Arc<Option<Read>>,
+}
+
+/// L with L·Lᵀ = C, the covariance of what is read, and its mean.
+struct Read {
+    root: DMatrix<f64>,
+    mean: DVector<f64>,
 }
 
 impl Metric {
-    fn of(graph: &Graph, weight: Outlet, layers: &[Layer], cx: &Context) -> Option<Self> {
+    fn of(graph: &Graph, weight: Outlet, layers: &[Layer], cx: &mut Context) -> Option<Self> {
         let linear = |layer: &Layer| Linear::of(graph, layer.node).filter(|linear| linear.weight == weight);
         let layers = layers.iter().map(linear).collect::<Option<Vec<_>>>()?;
         let transposed = layers.first()?.output_axis() == 1;
-        let mut all: Option<Moments> = None;
         let mut hasher = Xxh3::new();
         for linear in &layers {
-            let source = linear.source(graph);
-            hasher.update(source.as_bytes());
-            let [own] = &cx.moments.get(&source)?[..] else { return None };
+            hasher.update(linear.source(graph).as_bytes());
             Bias::of(graph, linear).values(graph, linear)?;
-            match &mut all {
-                Some(all) => all.merge(own),
-                None => all = Some(own.clone()),
+            if (linear.output_axis() == 1) != transposed {
+                return None;
             }
         }
-        let moments = all?;
-        let size = graph.constant(weight)?.dims()[usize::from(!transposed)];
-        if moments.sum.len() != size || layers.iter().any(|linear| (linear.output_axis() == 1) != transposed) {
-            return None;
-        }
-        // Directions that few samples do not show are no free ones.
-        let (factor, _) = Cholesky::ridged(&moments.covariance(), moments.ridge())?;
-        Some(Self { layers, transposed, root: factor.root(), mean: moments.mean(), key: hasher.digest() })
+        let (key, table) = (hasher.digest(), Arc::clone(&cx.moments));
+        let read = cx.remember(key, || {
+            let moments = together(&table, graph, &layers)?;
+            // Directions that few samples do not show are no free ones.
+            let (factor, _) = Cholesky::ridged(&moments.covariance(), moments.ridge())?;
+            Some(Read { root: factor.root(), mean: moments.mean() })
+        });
+        read.is_some().then_some(Self { layers, transposed, key, read })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     analysis::linear::Linear,
-    ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
+    ir::{Graph, NodeId, Op, Outlet},
 };
 
 /// Where the bias of a layer stands.
@@ -91,12 +91,8 @@ pub(crate) fn set_matrices(
 ) -> Option<()> {
     let old = graph.weight(linear.weight)?;
     let dims = old.value().dims().to_vec();
-    let new = old.fit(&dims, &linear.elements(matrices)).filter(is_finite)?;
+    let new = old.fit(&dims, &linear.elements(matrices)).filter(|weight| weight.value().is_finite())?;
     let new = graph.add_const(new, &format!("{}.{pass}", graph.name(linear.weight)));
     graph.exchange_operand(linear.node, 1, Some(new));
     Some(())
-}
-
-fn is_finite(weight: &Weight) -> bool {
-    Tensor::f64s(weight.value()).is_some_and(|values| values.iter().all(|v| v.is_finite()))
 }

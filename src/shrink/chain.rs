@@ -36,19 +36,18 @@ pub struct Link {
 pub(super) fn links(
     stage: &Stage<'_>,
     job: &Job,
-    (original, before): (&Model, &Cost),
+    before: &Cost,
     last: &Reference,
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Link>, ShrinkError> {
-    let judge = stage.judge(original)?;
     let (mut links, mut unbroken) = (Vec::new(), job.max_flips.is_some());
     for share in SHARES {
         let price = match land::price(stage, job, f64::from(share) / 100.0, before, cx, progress) {
             Err(ShrinkError::OutOfReach { .. }) => break,
             price => price?,
         };
-        let result = stage.run(cx, &|_| Some(price), judge.as_ref(), progress)?;
+        let result = stage.run(cx, &|_| Some(price), stage.judge.as_ref(), progress)?;
         let difference = last.compare(&result.model)?;
         let certificate = Certificate::of(&difference).ok();
         let bound = certificate.as_ref().map_or(1.0, |certificate| certificate.bound);

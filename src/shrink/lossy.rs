@@ -65,10 +65,9 @@ impl<'a> Lossy<'a> {
     }
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let stage = Stage::new(self.base, self.job, self.samples, cx, self.progress)?;
+        let stage = Stage::new(self.model, self.base, self.job, self.samples, cx, self.progress)?;
         if self.job.chain && stage.items.iter().any(Item::is_free) {
-            let before = self.report.before.clone();
-            let links = chain::links(&stage, self.job, (self.model, &before), &self.last, cx, self.progress)?;
+            let links = chain::links(&stage, self.job, &self.report.before, &self.last, cx, self.progress)?;
             self.looks += links.len();
             self.report.chain = links;
         }
@@ -77,8 +76,7 @@ impl<'a> Lossy<'a> {
         }
         let is_given = |i: usize| !stage.items[i].is_free();
         let is_lossy = (0..stage.items.len()).any(|i| is_given(i) && stage.items[i].fidelity() == Fidelity::Lossy);
-        let judge = stage.judge(self.model)?;
-        let left = stage.run(cx, &|i| is_given(i).then(Price::default), judge.as_ref(), self.progress)?;
+        let left = stage.run(cx, &|i| is_given(i).then(Price::default), stage.judge.as_ref(), self.progress)?;
         self.report.passes = left.outcomes;
         let left = left.model;
         self.warn_of_chance(&left, cx);
@@ -108,8 +106,7 @@ impl<'a> Lossy<'a> {
     /// beside it.
     fn land(mut self, stage: &Stage<'_>, target: f64, cx: &mut Context) -> Result<Model, ShrinkError> {
         let price = land::price(stage, self.job, target, &self.report.before, cx, self.progress)?;
-        let judge = stage.judge(self.model)?;
-        let result = stage.run(cx, &|_| Some(price), judge.as_ref(), self.progress)?;
+        let result = stage.run(cx, &|_| Some(price), stage.judge.as_ref(), self.progress)?;
         self.warn_of_chance(&result.model, cx);
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;

@@ -39,8 +39,6 @@ pub(super) struct Search<'a> {
     /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
     seen: BTreeMap<u64, Difference>,
     tried: usize,
-    /// Whether the models that are tried are refitted.
-    refits: bool,
     /// The items that, each alone, lead to a refit.
     refitted: BTreeSet<usize>,
     /// The bytes of the start, and of the smallest model inside the budget.
@@ -54,7 +52,6 @@ pub(super) struct Trial {
     pub(super) outcomes: Vec<Outcome>,
     difference: Difference,
     bytes: usize,
-    refitted: bool,
     /// What each item was allowed, by its own prediction.
     prices: Vec<Price>,
 }
@@ -110,18 +107,7 @@ impl<'a> Search<'a> {
     pub(super) fn new(stage: &'a Stage<'a>, cx: &'a mut Context, reference: &'a Reference) -> Self {
         let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
         let bytes = Cost::bytes(&stage.start.0);
-        Self {
-            stage,
-            cx,
-            reference,
-            factors,
-            seen,
-            tried: 0,
-            refits: false,
-            refitted: BTreeSet::new(),
-            bytes,
-            smallest: None,
-        }
+        Self { stage, cx, reference, factors, seen, tried: 0, refitted: BTreeSet::new(), bytes, smallest: None }
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
@@ -145,16 +131,14 @@ impl<'a> Search<'a> {
             price = self.climb(price, aim, &all, &mut best, progress)?;
         }
         // What is left of the budget goes to one pass after another: each alone, then on top of what the others did.
+        // A refit at each step is too much work for what an item gains that leads to one.
         let none = vec![Price::default(); self.stage.items.len()];
+        let plain: Vec<_> = free.iter().copied().filter(|i| !self.refitted.contains(i)).collect();
         if free.len() > 1 {
-            let plain: Vec<_> = free.iter().copied().filter(|i| !self.refitted.contains(i)).collect();
-            for i in plain {
+            for &i in &plain {
                 self.ceiling(i, &none, aim, &mut best, progress)?;
             }
         }
-        // A refit at each step is too much work for what an item gains that leads to one.
-        let plain: Vec<_> =
-            free.iter().copied().filter(|i| free.len() == 1 && !self.refits || !self.refitted.contains(i)).collect();
         for i in plain {
             let prices = best.trial.as_ref().map_or(&none, |trial| &trial.prices).clone();
             self.ceiling(i, &prices, aim, &mut best, progress)?;
@@ -234,9 +218,6 @@ impl<'a> Search<'a> {
             for _ in 0..RAISES {
                 let prices = vec![Price::per_byte(price / self.factors[i]); self.stage.items.len()];
                 let trial = self.measure(&prices, &others, f64::INFINITY, progress)?;
-                if trial.refitted {
-                    self.refitted.insert(i);
-                }
                 let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
                 let measured = trial.difference.error.powi(2);
                 if predicted > 0.0 {
@@ -264,19 +245,16 @@ impl<'a> Search<'a> {
         progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
         let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
         let result = self.stage.run(self.cx, &own, Some(self.reference), progress)?;
-        self.refits |= result.refitted;
+        let free = |i: &usize| self.stage.items[*i].is_free() && !left_out.contains(i);
+        let mut alone = (0..self.stage.items.len()).filter(free);
+        if let (true, Some(i), None) = (result.refitted, alone.next(), alone.next()) {
+            self.refitted.insert(i);
+        }
         // The search for a price learns from the error above the limit too, and measuring is little beside a refit.
         let limit = if result.refitted { f64::INFINITY } else { limit };
         let difference = self.difference(&result.model, limit)?;
         let bytes = Cost::bytes(&result.model);
-        Ok(Trial {
-            model: result.model,
-            outcomes: result.outcomes,
-            difference,
-            bytes,
-            refitted: result.refitted,
-            prices: prices.to_vec(),
-        })
+        Ok(Trial { model: result.model, outcomes: result.outcomes, difference, bytes, prices: prices.to_vec() })
     }
 
     /// How `model` differs from the reference; of an error above `limit` no more than that is known.

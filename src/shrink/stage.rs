@@ -24,8 +24,10 @@ pub(super) struct Stage<'a> {
     engine: &'a Engine,
     /// Samples for fitting.
     fit: Vec<Vec<Value>>,
-    /// Samples for choosing between ways to fit, and then for fitting too, where no others are searched with.
+    /// Where nothing is searched for: samples for choosing between ways to fit, and then for fitting too.
     choose: Vec<Vec<Value>>,
+    /// What the original computes on those, to say whether a refit helps.
+    pub(super) judge: Option<Reference>,
 }
 
 /// What came of running a stage.
@@ -37,8 +39,10 @@ pub(super) struct Result {
 }
 
 impl<'a> Stage<'a> {
-    /// Runs what stands before the first lossy item of `job` on `base`, and looks at what the layers then read.
+    /// Runs what stands before the first lossy item of `job` on `base`, which is `original` before any pass, and looks at what
+    /// the layers then read.
     pub(super) fn new(
+        original: &Model,
         base: &Model,
         job: &'a Job,
         samples: &Samples,
@@ -50,15 +54,16 @@ impl<'a> Stage<'a> {
         let mut model = base.clone();
         let outcomes = pipeline::run(before, &mut model, cx, Price::default())?;
         let engine = &job.request.engine;
-        let fit = if samples.random { Vec::new() } else { samples.part(Split::Fit) };
-        let searches = job.target.is_none() && job.items.iter().any(Item::is_free);
-        let choose = if searches || samples.random { Vec::new() } else { samples.part(Split::Search) };
+        let real = |part| if samples.random { Vec::new() } else { samples.part(part) };
+        let (fit, others) = (real(Split::Fit), real(Split::Search));
+        let has_free = job.items.iter().any(Item::is_free);
         if !fit.is_empty() {
             // What was fitted to a few samples is judged by others.
-            let few = samples.part(Split::Search).into_iter().take(PROBES).collect();
-            cx.yardstick = Some(Arc::new(Yardstick::new(engine, &model, few)?));
-            let others = samples.part(Split::Search);
             cx.held_out = Arc::new(moments::collect(engine, &model, &others, job.max_gram_dim, &mut |_| {})?);
+            if has_free {
+                let few = others.iter().take(PROBES).cloned().collect();
+                cx.yardstick = Some(Arc::new(Yardstick::new(engine, &model, few)?));
+            }
         }
         if let Some(known) = &job.moments {
             let layers = Linear::all(&model.graph);
@@ -72,7 +77,10 @@ impl<'a> Stage<'a> {
             let mut tell = |done: usize| progress(&format!("calibrating on sample {done} of {count}"));
             cx.moments = Arc::new(moments::collect(engine, &model, &fit, job.max_gram_dim, &mut tell)?);
         }
-        Ok(Self { start: (model, outcomes), items, engine, fit, choose })
+        let choose = if has_free && job.target.is_none() { Vec::new() } else { others };
+        let judge =
+            if choose.is_empty() { None } else { Some(Reference::before_squashing(engine, original, choose.clone())?) };
+        Ok(Self { start: (model, outcomes), items, engine, fit, choose, judge })
     }
 
     /// Runs each item that `price` has a price for; refits if a pass asks for it, `judge` is there and says that it helps.
@@ -121,13 +129,5 @@ impl<'a> Stage<'a> {
         }
         *model = fitted;
         Ok(true)
-    }
-
-    /// What says whether a refit helps; `None` where there are no samples to judge with.
-    pub(super) fn judge(&self, model: &Model) -> std::result::Result<Option<Reference>, ShrinkError> {
-        if self.choose.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(Reference::before_squashing(self.engine, model, self.choose.clone())?))
     }
 }

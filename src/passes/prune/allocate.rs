@@ -131,7 +131,8 @@ struct Steps {
 }
 
 impl Steps {
-    fn of(curve: &Curve, width: usize, allowed: impl Fn(usize) -> bool) -> Self {
+    fn of(curve: &Curve, group: &Group, multiple: usize) -> Self {
+        let allowed = |gone: usize| (group.width - gone).is_multiple_of(multiple);
         let error = |gone: usize| if gone == 0 { 0.0 } else { curve.errors[gone - 1] };
         let gone: Vec<usize> = (0..=curve.order.len()).filter(|&gone| gone == 0 || allowed(gone)).collect();
         let mut hull: Vec<usize> = Vec::new();
@@ -151,21 +152,20 @@ impl Steps {
             ((error(to) - error(from)) / (to - from) as f64).max(0.0)
         };
         let slopes = gone[1..].iter().map(|&step| slope(step)).collect();
-        Self { counts: gone.iter().map(|gone| width - gone).collect(), slopes }
+        Self { counts: gone.iter().map(|gone| group.units.len() - gone).collect(), slopes }
     }
 }
 
-/// How many units of each group go at `price`; `allowed` says whether so many may.
+/// How many units of each group go at `price`; what is left of each is one of `multiples`.
 pub(super) fn allocate(
     groups: &[Group],
     curves: &[Arc<Curve>],
     costs: &Costs,
     price: Price,
-    allowed: &dyn Fn(usize, usize) -> bool,
+    multiples: &[usize],
 ) -> Vec<usize> {
-    let steps = groups.iter().zip(curves).enumerate();
-    let steps: Vec<_> =
-        steps.map(|(i, (group, curve))| Steps::of(curve, group.units.len(), |gone| allowed(i, gone))).collect();
+    let steps = groups.iter().zip(curves).zip(multiples);
+    let steps: Vec<_> = steps.map(|((group, curve), &multiple)| Steps::of(curve, group, multiple)).collect();
     let mut left: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
     let mut at = vec![0; groups.len()];
     // The groups whose marginal costs changed with the last step are those that share a term with it: all are looked at.

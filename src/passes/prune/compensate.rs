@@ -8,7 +8,7 @@ use crate::{
     analysis::{
         channels::{Channels, Role},
         linear::Linear,
-        moments::{Moments, Table},
+        moments::{Table, together},
     },
     ir::{Graph, Inlet, NodeId, Outlet},
     linalg::{Cholesky, energy, product},
@@ -21,20 +21,6 @@ pub(super) fn readers_of(graph: &Graph, weight: Outlet) -> Vec<Linear> {
     uses.filter_map(|(node, _)| Linear::of(graph, node)).filter(|linear| linear.groups == 1).collect()
 }
 
-/// The moments of what `readers` of one weight read, taken together.
-fn read(graph: &Graph, readers: &[Linear], table: &Table) -> Option<Moments> {
-    let mut moments: Option<Moments> = None;
-    for reader in readers {
-        let [own] = &table.get(&reader.source(graph))?[..] else { return None };
-        match &mut moments {
-            Some(moments) => moments.merge(own),
-            None => moments = Some(own.clone()),
-        }
-    }
-    let size = readers.first()?.columns;
-    moments.filter(|moments| moments.count > 0 && moments.sum.len() == size)
-}
-
 /// A weight, and what is known of what it reads.
 pub(super) struct Statistic {
     /// W, o×d.
@@ -44,8 +30,6 @@ pub(super) struct Statistic {
     pub(super) mean: DVector<f64>,
     /// The share of vectors in which each element is zero.
     pub(super) zeros: DVector<f64>,
-    /// For each column, the sum of the absolute correlations of what is read and what is made.
-    pub(super) correlations: DVector<f64>,
     /// tr(W·C·Wᵀ).
     pub(super) energy: f64,
     pub(super) ridge: f64,
@@ -64,21 +48,13 @@ impl Statistic {
         if readers.len() != graph.uses(weight).len() || axis == first.output_axis() {
             return None;
         }
-        let moments = read(graph, &readers, table)?;
-        let others = read(graph, &readers, others);
+        let moments = together(table, graph, &readers)?;
+        let others = together(others, graph, &readers);
         let weight = first.matrices(&graph.constant(weight)?.f64s()?).into_iter().next()?;
         let covariance = if first.is_direct() { moments.covariance() } else { moments.second() };
-        let crossed = product(&weight, &covariance);
-        let made: Vec<f64> = (0..weight.nrows()).map(|o| crossed.row(o).dot(&weight.row(o))).collect();
-        let correlation = |j: usize| {
-            let scale = |o: usize| (covariance[(j, j)] * made[o]).sqrt();
-            let each = (0..weight.nrows()).filter(|&o| scale(o) > 0.0).map(|o| (crossed[(o, j)] / scale(o)).abs());
-            each.sum::<f64>()
-        };
         Some(Self {
             mean: if first.is_direct() { moments.mean() } else { DVector::zeros(first.columns) },
             zeros: &moments.zeros / moments.count as f64,
-            correlations: DVector::from_iterator(first.columns, (0..first.columns).map(correlation)),
             energy: energy(&weight, &covariance),
             ridge: moments.ridge(),
             check: others.map(|others| {
@@ -89,6 +65,18 @@ impl Statistic {
             covariance,
             weight,
         })
+    }
+
+    /// For each column, the sum of the absolute correlations of what is read and what is made.
+    pub(super) fn correlations(&self) -> Vec<f64> {
+        let crossed = product(&self.weight, &self.covariance);
+        let made: Vec<f64> = (0..crossed.nrows()).map(|o| crossed.row(o).dot(&self.weight.row(o))).collect();
+        let of_column = |j: usize| {
+            let scale = |o: usize| (self.covariance[(j, j)] * made[o]).sqrt();
+            let each = (0..made.len()).filter(|&o| scale(o) > 0.0).map(|o| (crossed[(o, j)] / scale(o)).abs());
+            each.sum()
+        };
+        (0..crossed.ncols()).map(of_column).collect()
     }
 
     /// The columns of index `index` along the axis that reads.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nalgebra::DMatrix;
+use nalgebra::{DMatrix, DVectorView};
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use xxhash_rust::xxh3::Xxh3;
@@ -69,31 +69,25 @@ impl Score {
     /// The order in which the units of `group` go by this score, and the error that this makes.
     pub(super) fn curve(self, graph: &Graph, channels: &Channels, group: &Group, tables: (&Table, &Table)) -> Curve {
         let statistics = statistics(graph, channels, group, tables);
-        let readers = || -> Vec<Reader> {
-            let reader = |(statistic, columns): &(Statistic, Vec<Vec<usize>>)| {
-                Reader::new(
-                    statistic.weight.clone(),
-                    &statistic.covariance,
-                    statistic.ridge,
-                    columns.clone(),
-                    statistic.check.clone(),
-                )
-            };
-            statistics.iter().filter_map(reader).collect()
+        let reader = |(statistic, columns): &(Statistic, Vec<Vec<usize>>)| {
+            Reader::new(
+                statistic.weight.clone(),
+                &statistic.covariance,
+                statistic.ridge,
+                columns.clone(),
+                statistic.check.clone(),
+            )
         };
-        if self == Self::Obs {
-            let readers = readers();
-            if readers.is_empty() {
-                return Curve::blind(&Self::L2.scores(graph, channels, group, &statistics));
-            }
-            return Curve::greedy(readers, group.units.len());
+        let readers: Vec<_> = statistics.iter().filter_map(reader).collect();
+        let scores = || self.scores(graph, channels, group, &statistics);
+        match self {
+            _ if readers.is_empty() => Curve::blind(&scores()),
+            Self::Obs => Curve::greedy(readers, group.units.len()),
+            _ => Curve::scored(readers, &scores()),
         }
-        let scores = self.scores(graph, channels, group, &statistics);
-        let readers = readers();
-        if readers.is_empty() { Curve::blind(&scores) } else { Curve::scored(readers, &scores) }
     }
 
-    /// The score of each unit.
+    /// The score of each unit; that of OBS where nothing is known of what is read, so that norms are all there is.
     fn scores(
         self,
         graph: &Graph,
@@ -102,11 +96,13 @@ impl Score {
         statistics: &[(Statistic, Vec<Vec<usize>>)],
     ) -> Vec<f64> {
         let count = group.units.len();
-        let over_readers = |each: &dyn Fn(&Statistic, usize) -> f64| {
+        // The sum over all columns of a unit of what each weight gives its columns.
+        let over_readers = |of_columns: &dyn Fn(&Statistic) -> Vec<f64>| {
             let mut scores = vec![0.0; count];
             for (statistic, columns) in statistics {
+                let each = of_columns(statistic);
                 for (score, columns) in scores.iter_mut().zip(columns) {
-                    *score += columns.iter().map(|&j| each(statistic, j)).sum::<f64>();
+                    *score += columns.iter().map(|&j| each[j]).sum::<f64>();
                 }
             }
             scores
@@ -121,12 +117,14 @@ impl Score {
                     Xoshiro256PlusPlus::seed_from_u64(group.units.iter().fold(1, |s, &u| s * 31 + u as u64));
                 (0..count).map(|_| random.next_u64() as f64).collect()
             }
-            Self::Apoz => over_readers(&|statistic, j| 1.0 - statistic.zeros[j]),
-            Self::Variance => over_readers(&|statistic, j| {
-                statistic.covariance[(j, j)] * statistic.weight.column(j).norm_squared()
-                    / statistic.energy.max(f64::MIN_POSITIVE)
+            Self::Apoz => over_readers(&|statistic| statistic.zeros.iter().map(|zeros| 1.0 - zeros).collect()),
+            Self::Variance => over_readers(&|statistic| {
+                let of_column = |(j, column): (usize, DVectorView<'_, f64>)| {
+                    statistic.covariance[(j, j)] * column.norm_squared() / statistic.energy.max(f64::MIN_POSITIVE)
+                };
+                statistic.weight.column_iter().enumerate().map(of_column).collect()
             }),
-            Self::Corr => over_readers(&|statistic, j| statistic.correlations[j]),
+            Self::Corr => over_readers(&Statistic::correlations),
             Self::Lasso => {
                 let mut gram = DMatrix::zeros(count, count);
                 for (statistic, columns) in statistics {
