@@ -141,13 +141,15 @@ pub struct Price {
     pub ceiling: f64,
     /// The most steps that a pass takes which goes step by step: many may be worth the same price.
     pub steps: usize,
+    /// What may be saved on top by steps that save less each, at any price; the last one may go beyond.
+    pub spare: f64,
 }
 
 impl Price {
     /// A price for each byte, whatever the error of one layer.
     #[must_use]
-    pub fn per_byte(per_byte: f64) -> Self {
-        Self { per_byte, ceiling: f64::INFINITY, steps: usize::MAX }
+    pub const fn per_byte(per_byte: f64) -> Self {
+        Self { per_byte, ceiling: f64::INFINITY, steps: usize::MAX, spare: 0.0 }
     }
 }
 

@@ -50,15 +50,22 @@ pub(super) fn price(
         }
         *(if found > target { &mut low } else { &mut high }) = middle;
     }
-    // Where many steps are worth the same price, so many are taken that the target is just reached.
-    let (mut few, mut many) = (0, MAX_STEPS);
+    // Where many steps are worth the same price, so many are taken that the next would go beyond the target, and the rest is
+    // saved by smaller ones.
+    let (mut few, mut many, mut over) = (0, MAX_STEPS, 1.0 - target);
     while many - few > 1 {
         let middle = few.midpoint(many);
         let found = share(Price { steps: middle, ..at(high) }, progress)?;
         if (near..=target).contains(&found) {
             return Ok(Price { steps: middle, ..at(high) });
         }
-        *(if found > target { &mut few } else { &mut many }) = middle;
+        if found > target {
+            (few, over) = (middle, found - target);
+        } else {
+            many = middle;
+        }
     }
-    Ok(Price { steps: many, ..at(high) })
+    let filled = Price { steps: few, spare: over * whole, ..at(high) };
+    let beyond = Price { steps: many, ..at(high) };
+    Ok(if share(filled, progress)? <= target { filled } else { beyond })
 }

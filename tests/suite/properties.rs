@@ -167,7 +167,7 @@ fn with_dead_channels(model: &Model) -> Model {
 }
 
 /// Prunes what costs nothing.
-const FREE: Price = Price { per_byte: 1.0, ceiling: 0.0, steps: usize::MAX };
+const FREE: Price = Price { ceiling: 0.0, ..Price::per_byte(1.0) };
 
 fn dead_channels_go_without_a_trace(model: &Model, batch: usize) -> usize {
     let dead = with_dead_channels(model);

@@ -156,7 +156,7 @@ impl Steps {
     }
 }
 
-/// How many units of each group go at `price`; what is left of each is one of `multiples`.
+/// How many units of each group go at `price`; what is left of each is a multiple of its number in `multiples`.
 pub(super) fn allocate(
     groups: &[Group],
     curves: &[Arc<Curve>],
@@ -168,22 +168,39 @@ pub(super) fn allocate(
     let steps: Vec<_> = steps.map(|((group, curve), &multiple)| Steps::of(curve, group, multiple)).collect();
     let mut left: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
     let mut at = vec![0; groups.len()];
-    // The groups whose marginal costs changed with the last step are those that share a term with it: all are looked at.
-    for _ in 0..price.steps {
+    let mut spare = price.spare;
+    // A step changes what those of the groups save that share a term with it: all are looked at again.
+    for step in 0.. {
+        let filling = step >= price.steps;
         let offer = |i: usize| {
             let slope = *steps[i].slopes.get(at[i])?;
-            let gone = groups[i].units.len() - steps[i].counts[at[i] + 1];
-            if curves[i].errors[gone - 1] > price.ceiling {
-                return None;
-            }
-            let saved = costs.marginal(i, &left);
-            let asked = if slope <= 0.0 { 0.0 } else { slope * groups[i].sensitivity / saved };
-            (saved > 0.0 && asked < price.per_byte).then_some((asked, i))
+            let next = steps[i].counts[at[i] + 1];
+            let each = costs.marginal(i, &left);
+            let error = curves[i].errors[groups[i].units.len() - next - 1];
+            let asked = if slope <= 0.0 { 0.0 } else { slope * groups[i].sensitivity / each };
+            let pays = each > 0.0 && error <= price.ceiling && (filling || asked < price.per_byte);
+            pays.then_some(Offer { group: i, asked, saved: each * (left[i] - next) as f64 })
         };
-        let best = (0..groups.len()).filter_map(offer).min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let Some((_, i)) = best else { break };
-        at[i] += 1;
-        left[i] = steps[i].counts[at[i]];
+        let offers: Vec<_> = (0..groups.len()).filter_map(offer).collect();
+        let by = |key: fn(&Offer) -> f64| {
+            move |a: &&Offer, b: &&Offer| key(a).total_cmp(&key(b)).then(a.group.cmp(&b.group))
+        };
+        let cheapest = offers.iter().filter(|offer| !filling || offer.saved <= spare).min_by(by(|offer| offer.asked));
+        // Where nothing fits any more, the least goes that reaches the end.
+        let smallest = offers.iter().filter(|_| filling && spare > 0.0).min_by(by(|offer| offer.saved));
+        let Some(offer) = cheapest.or(smallest) else { break };
+        if filling {
+            spare -= offer.saved;
+        }
+        at[offer.group] += 1;
+        left[offer.group] = steps[offer.group].counts[at[offer.group]];
     }
     groups.iter().zip(&left).map(|(group, left)| group.units.len() - left).collect()
+}
+
+/// The next step of a group: the error for what is saved, and what is saved in all.
+struct Offer {
+    group: usize,
+    asked: f64,
+    saved: f64,
 }
