@@ -3,13 +3,20 @@
 //! Every index along every axis of every value is a unit; operators that pass channel i on as channel i make the units
 //! one class by union-find. A class is what can be removed: from all weights that hold a unit of it, at once. An
 //! operator that can't be seen through pins what it touches, and so do the inputs and outputs of the graph.
+//!
+//! Where axes are merged into one, or one is split (a flattening, attention heads, the groups of a convolution), an index of
+//! the whole is one index of each factor: it can't go by itself, but goes when any of its factors' indices does.
 
+mod entries;
 mod rules;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::shapes::Shapes;
 use crate::ir::{Graph, Kind, NodeId, Outlet};
+
+/// An axis of a value. Axes beyond the rank are those of what is inside an operator: its groups, and the channels of a group.
+pub type Axis = (Outlet, usize);
 
 /// What the slice of a weight along an axis is to its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,26 +38,49 @@ pub struct Side {
     pub role: Role,
 }
 
-/// Something beside the weights that spells a count of channels.
+/// Something beside the weights that spells a count or places of channels.
 #[derive(Clone, Debug)]
 pub enum Count {
-    /// `group` of a depthwise convolution: the channels of its input.
-    Group(NodeId),
-    /// Entry `axis` of the constant shape of a `Reshape`.
-    Shape(NodeId, usize),
+    /// An attribute, as `group` or `hidden_size`, that spells the extent of an axis.
+    Attribute(NodeId, &'static str, Axis),
+    /// Entry `at` of the constant list that a node reads in a slot spells the extent of an axis.
+    Entry {
+        /// The node.
+        reader: NodeId,
+        /// The slot.
+        slot: u32,
+        /// The entry.
+        at: usize,
+        /// The axis.
+        of: Axis,
+    },
     /// The parts of a `Split`.
     Split(NodeId, usize),
+    /// The constant indices that a `Gather` takes along an axis.
+    Gather(NodeId, usize, Vec<usize>),
+    /// The entry for an axis among the bounds of a `Slice`: entry, axis, and what is taken.
+    Slice(NodeId, usize, usize, std::ops::Range<usize>),
+}
+
+/// An axis that is the product of others, the first of which varies slowest.
+#[derive(Clone, Debug)]
+struct Product {
+    whole: Axis,
+    factors: Vec<Axis>,
 }
 
 /// The classes of a graph.
 #[derive(Debug, Default)]
 pub struct Channels {
     /// First unit and extent of each axis.
-    axes: BTreeMap<(Outlet, usize), (usize, usize)>,
+    axes: BTreeMap<Axis, (usize, usize)>,
     parent: Vec<usize>,
     /// Why a unit must stay: an index into `reasons`, plus one; 0 if it need not.
     pin: Vec<usize>,
     reasons: Vec<String>,
+    products: Vec<Product>,
+    /// For each class of a product, which can't go by itself, the classes that it goes with.
+    drivers: BTreeMap<usize, Vec<usize>>,
     /// The weights of layers.
     pub sides: Vec<Side>,
     /// What else spells counts of channels.
@@ -59,6 +89,8 @@ pub struct Channels {
 
 /// Longer axes are no channels.
 const MAX_UNITS: usize = 1 << 22;
+/// Why the last channel of an axis can't go.
+const ONLY_ONE: &str = "it is the only one";
 
 impl Channels {
     /// Finds the classes of `graph` at known `shapes`.
@@ -75,12 +107,9 @@ impl Channels {
             }
         }
         channels.pin = vec![0; channels.parent.len()];
-        let axes: Vec<_> = channels.axes.iter().map(|(&key, &(_, extent))| (key, extent)).collect();
-        for ((value, axis), extent) in axes {
-            // The last channel of an axis can't go.
-            if extent == 1 {
-                channels.pin_axis(value, axis, "it is the only one");
-            }
+        let narrow: Vec<_> = channels.axes().filter(|&(_, _, extent)| extent == 1).collect();
+        for (value, axis, _) in narrow {
+            channels.pin_axis(value, axis, ONLY_ONE);
         }
         for id in graph.node_ids() {
             let overridable = matches!(graph.kind(id), Kind::Const(_)) && graph.constant(id.out()).is_none();
@@ -94,6 +123,10 @@ impl Channels {
         for id in graph.ops() {
             rules::apply(&mut channels, graph, shapes, id);
         }
+        for unit in 0..channels.parent.len() {
+            channels.parent[unit] = channels.find(unit);
+        }
+        channels.settle_products();
         channels
     }
 
@@ -108,11 +141,27 @@ impl Channels {
         self.axes.iter().map(|(&(value, axis), &(_, extent))| (value, axis, extent))
     }
 
-    /// The class of a unit.
+    /// The classes of which any takes a unit along when it goes: its own, or one for each factor of a product.
     #[must_use]
-    pub fn class(&self, value: Outlet, axis: usize, index: usize) -> Option<usize> {
-        let &(first, extent) = self.axes.get(&(value, axis))?;
-        (index < extent).then(|| self.find(first + index))
+    pub fn classes(&self, value: Outlet, axis: usize, index: usize) -> &[usize] {
+        let unit = self.axes.get(&(value, axis)).and_then(|&(first, extent)| (index < extent).then_some(first + index));
+        let Some(unit) = unit else { return &[] };
+        match self.drivers.get(&self.parent[unit]) {
+            Some(drivers) => drivers,
+            None => std::slice::from_ref(&self.parent[unit]),
+        }
+    }
+
+    /// Whether an index of an axis is one of several factors, and can't go by itself.
+    #[must_use]
+    pub fn is_product(&self, value: Outlet, axis: usize) -> bool {
+        let Some(&(first, extent)) = self.axes.get(&(value, axis)) else { return false };
+        (first..first + extent).any(|unit| self.drivers.contains_key(&self.parent[unit]))
+    }
+
+    /// The axes whose products others are.
+    pub fn factors(&self) -> impl Iterator<Item = Axis> {
+        self.products.iter().flat_map(|product| product.factors.iter().copied())
     }
 
     /// Why a class must stay, if it must.
@@ -167,6 +216,106 @@ impl Channels {
         self.tie_by(a, b, |i| i)
     }
 
+    /// Adds an axis that is inside an operator, beyond the rank of its result.
+    fn add_axis(&mut self, axis: Axis, extent: usize) {
+        self.axes.insert(axis, (self.parent.len(), extent));
+        self.parent.extend(self.parent.len()..self.parent.len() + extent);
+        self.pin.resize(self.parent.len(), 0);
+        if extent == 1 {
+            self.pin_axis(axis.0, axis.1, ONLY_ONE);
+        }
+    }
+
+    /// Makes an axis the product of others; `None` where extents do not agree.
+    fn multiply(&mut self, whole: Axis, factors: &[Axis]) -> Option<()> {
+        if let [factor] = factors {
+            return self.tie(whole, *factor);
+        }
+        let extents = factors.iter().map(|&(value, axis)| self.extent(value, axis)).collect::<Option<Vec<_>>>()?;
+        if extents.iter().product::<usize>() != self.extent(whole.0, whole.1)? {
+            return None;
+        }
+        self.products.push(Product { whole, factors: factors.to_vec() });
+        Some(())
+    }
+
+    /// For each index of a product, its unit and the units of its factors.
+    fn digits(&self, product: &Product) -> Vec<(usize, Vec<usize>)> {
+        let (first, extent) = self.axes[&product.whole];
+        let digits = |index: usize| {
+            let mut rest = index;
+            let digits = product.factors.iter().rev().map(|factor| {
+                let (first, extent) = self.axes[factor];
+                let digit = first + rest % extent;
+                rest /= extent;
+                digit
+            });
+            digits.collect()
+        };
+        (0..extent).map(|index| (first + index, digits(index))).collect()
+    }
+
+    /// Finds what the classes of products go with, once all classes are known: what is pinned of a product pins its factors,
+    /// and so does a product that a factor of another would take to pieces.
+    fn settle_products(&mut self) {
+        self.shut_products();
+        let digits: Vec<_> = self.products.iter().map(|product| self.digits(product)).collect();
+        let mut edges: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+        for (whole, factors) in digits.iter().flatten() {
+            let factors = factors.iter().map(|&unit| self.parent[unit]);
+            edges.entry(self.parent[*whole]).or_default().extend(factors);
+        }
+        let wholes: Vec<usize> = edges.keys().copied().collect();
+        for &whole in &wholes {
+            let found = reach(whole, &edges);
+            if self.pin[whole] != 0 {
+                for &class in &found {
+                    self.pin[class] = if self.pin[class] == 0 { self.pin[whole] } else { self.pin[class] };
+                }
+            }
+            self.drivers.insert(whole, found);
+        }
+        self.pin_what_breaks(&digits);
+    }
+
+    /// Drops the products of which no factor can lose anything, and pins what they are.
+    fn shut_products(&mut self) {
+        let units = |channels: &Self, &(value, axis): &Axis| {
+            let (first, extent) = channels.axes[&(value, axis)];
+            first..first + extent
+        };
+        loop {
+            let is_open = |product: &Product| {
+                product.factors.iter().any(|axis| units(self, axis).any(|unit| self.pin[self.parent[unit]] == 0))
+            };
+            let Some(at) = self.products.iter().position(|product| !is_open(product)) else { break };
+            let product = self.products.remove(at);
+            let reason = units(self, &product.factors[0]).map(|unit| self.pin[self.parent[unit]]).max().unwrap_or(0);
+            for unit in units(self, &product.whole) {
+                let class = self.parent[unit];
+                self.pin[class] = if self.pin[class] == 0 { reason } else { self.pin[class] };
+            }
+        }
+    }
+
+    /// Pins the classes that take an index of a product along without taking all that share a factor's index with it.
+    fn pin_what_breaks(&mut self, digits: &[Vec<(usize, Vec<usize>)>]) {
+        self.reasons.push("a Reshape arranges it in another way".to_owned());
+        let reason = self.reasons.len();
+        let drivers = |unit: usize| {
+            let class = self.parent[unit];
+            self.drivers.get(&class).cloned().unwrap_or_else(|| vec![class])
+        };
+        let mut broken = BTreeSet::new();
+        for (whole, factors) in digits.iter().flatten() {
+            let of_factors: Vec<_> = factors.iter().flat_map(|&unit| drivers(unit)).collect();
+            broken.extend(drivers(*whole).into_iter().filter(|class| !of_factors.contains(class)));
+        }
+        for class in broken {
+            self.pin[class] = if self.pin[class] == 0 { reason } else { self.pin[class] };
+        }
+    }
+
     fn pin_axis(&mut self, value: Outlet, axis: usize, why: &str) {
         let Some(&(first, extent)) = self.axes.get(&(value, axis)) else { return };
         let reason = self.reasons.iter().position(|r| r == why).unwrap_or_else(|| {
@@ -187,4 +336,17 @@ impl Channels {
             self.pin_axis(value, axis, why);
         }
     }
+}
+
+/// The classes that can be reached along `edges` from `start` and lead nowhere further.
+fn reach(start: usize, edges: &BTreeMap<usize, BTreeSet<usize>>) -> Vec<usize> {
+    let (mut seen, mut open, mut ends) = (BTreeSet::from([start]), vec![start], Vec::new());
+    while let Some(class) = open.pop() {
+        match edges.get(&class) {
+            Some(next) => open.extend(next.iter().copied().filter(|&next| seen.insert(next))),
+            None => ends.push(class),
+        }
+    }
+    ends.sort_unstable();
+    ends
 }

@@ -1,5 +1,7 @@
 //! Layers as y = W·x + b: how an operand is cut into vectors x, and a constant into matrices W.
 
+use std::ops::Range;
+
 use nalgebra::DMatrix;
 
 use crate::{
@@ -7,11 +9,14 @@ use crate::{
     verify::Value,
 };
 
-/// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a constant, seen as y = W·x + b for each of its groups.
+/// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a constant, or one of the two products of an `LSTM`, `GRU` or `RNN`, seen
+/// as y = W·x + b for each of its groups.
 ///
 /// - `Gemm` and `MatMul`: x is a row of the operand, d its last axis.
 /// - `Conv`: x is the patch that a filter reads, in the order (channel, kernel), zeros of the padding included.
 /// - `ConvTranspose`: x is a pixel of the operand, and y what it adds to the result, in the order (channel, kernel).
+/// - Recurrences: x is a row of the operand, or a state of the layer; y is what it adds to the gates. Each direction is a
+///   group.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// The node.
@@ -28,6 +33,8 @@ pub struct Linear {
     pub columns: usize,
     /// Columns for each channel that is read, next to each other: the size of the kernel of a `Conv`.
     pub taps: usize,
+    /// Rows for each channel that is made: the size of the kernel of a `ConvTranspose`.
+    pub spread: usize,
     form: Form,
 }
 
@@ -40,6 +47,12 @@ enum Form {
     Patches(Window),
     /// Rows are in the order (channel, kernel).
     Pixels,
+    /// The rows of what is read go to the gates of each direction.
+    Gates,
+    /// The states of each direction, which stand along an axis of what is read.
+    States {
+        directions: usize,
+    },
 }
 
 /// How a filter slides.
@@ -113,7 +126,17 @@ impl Linear {
         let dense = |stored: bool| {
             let [a, b] = dims else { return None };
             let (rows, columns) = if stored { (*a, *b) } else { (*b, *a) };
-            Some(Self { node, weight, input, groups: 1, rows, columns, taps: 1, form: Form::Dense { stored } })
+            Some(Self {
+                node,
+                weight,
+                input,
+                groups: 1,
+                rows,
+                columns,
+                taps: 1,
+                spread: 1,
+                form: Form::Dense { stored },
+            })
         };
         match op.standard()? {
             "MatMul" => dense(false),
@@ -131,8 +154,8 @@ impl Linear {
                 } else {
                     (dims[1] * taps, dims[0] / groups, Form::Pixels)
                 };
-                let taps = if kind == "Conv" { taps } else { 1 };
-                Some(Self { node, weight, input, groups, rows, columns, taps, form })
+                let (taps, spread) = if kind == "Conv" { (taps, 1) } else { (1, taps) };
+                Some(Self { node, weight, input, groups, rows, columns, taps, spread, form })
             }
             _ => None,
         }
@@ -141,14 +164,34 @@ impl Linear {
     /// Every layer of `graph`, in order.
     #[must_use]
     pub fn all(graph: &Graph) -> Vec<Self> {
-        graph.ops().into_iter().filter_map(|node| Self::of(graph, node)).collect()
+        graph.ops().into_iter().flat_map(|node| Self::within(graph, node)).collect()
+    }
+
+    /// The layers that `node` is made of.
+    #[must_use]
+    pub fn within(graph: &Graph, node: NodeId) -> Vec<Self> {
+        let recurrent = graph.op(node).is_some_and(|op| ["LSTM", "GRU", "RNN"].iter().any(|kind| op.is(kind)));
+        if !recurrent {
+            return Self::of(graph, node).into_iter().collect();
+        }
+        let directions = if graph.op(node).and_then(|op| op.int("layout")) == Some(1) { 2 } else { 1 };
+        let states = Some(node.at(0)).filter(|&states| !graph.name(states).is_empty());
+        let parts = [(1, graph.operand(node, 0), Form::Gates), (2, states, Form::States { directions })];
+        let layer = |(slot, input, form): (u32, Option<Outlet>, Form)| {
+            let weight = graph.operand(node, slot)?;
+            let tensor = graph.constant(weight).filter(|tensor| is_float(tensor.dtype()) && !tensor.is_empty())?;
+            let [groups, rows, columns] = *tensor.dims() else { return None };
+            Some(Self { node, weight, input: input?, groups, rows, columns, taps: 1, spread: 1, form })
+        };
+        parts.into_iter().filter_map(layer).collect()
     }
 
     /// A name for the vectors that it reads: layers that cut one value in one way read the same.
     #[must_use]
     pub fn source(&self, graph: &Graph) -> String {
         let how = match &self.form {
-            Form::Dense { .. } => "rows".to_owned(),
+            Form::Dense { .. } | Form::Gates => "rows".to_owned(),
+            Form::States { .. } => "states".to_owned(),
             Form::Pixels => "pixels".to_owned(),
             Form::Patches(window) => format!(
                 "patches of {:?} by {:?} at {:?} in {:?}",
@@ -161,14 +204,40 @@ impl Linear {
     /// Whether the rows of W are one output channel each, so that they have a bias each.
     #[must_use]
     pub fn is_direct(&self) -> bool {
-        self.form != Form::Pixels
+        matches!(self.form, Form::Dense { .. } | Form::Patches(_))
+    }
+
+    /// The operand slot of the constant.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        if matches!(self.form, Form::States { .. }) { 2 } else { 1 }
+    }
+
+    /// The columns of a group that index `index` along the axis of the constant that reads stands for.
+    #[must_use]
+    pub fn columns_of(&self, index: usize, group: usize) -> Range<usize> {
+        match self.form {
+            Form::Pixels if index / self.columns != group => 0..0,
+            Form::Pixels => index % self.columns..index % self.columns + 1,
+            _ => index * self.taps..(index + 1) * self.taps,
+        }
+    }
+
+    /// The rows of a group that index `index` along the axis of the constant that makes stands for.
+    #[must_use]
+    pub fn rows_of(&self, index: usize, group: usize) -> Range<usize> {
+        match self.form {
+            Form::Pixels => index * self.spread..(index + 1) * self.spread,
+            Form::Dense { .. } | Form::Patches(_) if index / self.rows != group => 0..0,
+            _ => index % self.rows..index % self.rows + 1,
+        }
     }
 
     /// The axis of `value`, the operand or the result, along which its channels stand.
     #[must_use]
     pub fn channel_axis(&self, value: &Value) -> usize {
         match self.form {
-            Form::Dense { .. } => value.dims.len().saturating_sub(1),
+            Form::Dense { .. } | Form::Gates | Form::States { .. } => value.dims.len().saturating_sub(1),
             Form::Patches(_) | Form::Pixels => 1,
         }
     }
@@ -178,7 +247,7 @@ impl Linear {
     pub fn output_axis(&self) -> usize {
         match self.form {
             Form::Dense { stored: true } | Form::Patches(_) => 0,
-            Form::Dense { stored: false } | Form::Pixels => 1,
+            Form::Dense { stored: false } | Form::Pixels | Form::Gates | Form::States { .. } => 1,
         }
     }
 
@@ -188,7 +257,7 @@ impl Linear {
         let size = self.rows * self.columns;
         let group = |values: &[f64]| match self.form {
             Form::Dense { stored: false } | Form::Pixels => DMatrix::from_column_slice(self.rows, self.columns, values),
-            Form::Dense { stored: true } | Form::Patches(_) => DMatrix::from_row_slice(self.rows, self.columns, values),
+            _ => DMatrix::from_row_slice(self.rows, self.columns, values),
         };
         values.chunks_exact(size).take(self.groups).map(group).collect()
     }
@@ -198,7 +267,7 @@ impl Linear {
     pub fn elements(&self, matrices: &[DMatrix<f64>]) -> Vec<f64> {
         let flat = |matrix: &DMatrix<f64>| match self.form {
             Form::Dense { stored: false } | Form::Pixels => matrix.as_slice().to_vec(),
-            Form::Dense { stored: true } | Form::Patches(_) => matrix.transpose().as_slice().to_vec(),
+            _ => matrix.transpose().as_slice().to_vec(),
         };
         matrices.iter().flat_map(flat).collect()
     }
@@ -207,7 +276,8 @@ impl Linear {
     #[must_use]
     pub fn positions(&self, x: &Value) -> usize {
         match &self.form {
-            Form::Dense { .. } => x.dims.iter().rev().skip(1).product(),
+            Form::Dense { .. } | Form::Gates => x.dims.iter().rev().skip(1).product(),
+            Form::States { .. } => x.dims.iter().rev().skip(1).product::<usize>() / self.groups,
             Form::Pixels => x.dims[0] * x.dims[2..].iter().product::<usize>(),
             Form::Patches(window) => {
                 x.dims[0] * (0..window.kernel.len()).map(|a| window.slide(a, x.dims[a + 2]).0).product::<usize>()
@@ -225,7 +295,15 @@ impl Linear {
     #[must_use]
     pub fn vectors(&self, x: &Value, positions: &[usize]) -> Vec<DMatrix<f64>> {
         match &self.form {
-            Form::Dense { .. } => vec![rows(x, self.columns, positions)],
+            Form::Dense { .. } | Form::Gates => vec![rows(x, self.columns, positions); self.groups],
+            Form::States { directions } => {
+                let inner: usize = x.dims[directions + 1..x.dims.len() - 1].iter().product();
+                let of_direction = |d: usize| {
+                    let at = positions.iter().map(|p| (p / inner * self.groups + d) * inner + p % inner);
+                    rows(x, self.columns, &at.collect::<Vec<_>>())
+                };
+                (0..self.groups).map(of_direction).collect()
+            }
             Form::Pixels => self.split(&pixels(x, positions)),
             Form::Patches(window) => self.split(&self.patches(window, x, positions)),
         }
@@ -241,8 +319,8 @@ impl Linear {
     #[must_use]
     pub fn results(&self, y: &Value, positions: &[usize]) -> DMatrix<f64> {
         match self.form {
-            Form::Dense { .. } => rows(y, y.dims.last().copied().unwrap_or(1), positions),
             Form::Patches(_) | Form::Pixels => pixels(y, positions),
+            _ => rows(y, y.dims.last().copied().unwrap_or(1), positions),
         }
     }
 

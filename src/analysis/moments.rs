@@ -103,20 +103,18 @@ impl Moments {
 /// Moments by [source](Linear::source), for each group of the layers that read it.
 pub type Table = BTreeMap<String, Vec<Moments>>;
 
-/// What `layers` read, taken together: all vectors that the one weight of theirs multiplies. `None` where that is not known of
-/// each of them, or they have groups.
+/// What `layers` read, taken together: all vectors that the one weight of theirs multiplies, for each of their groups. `None`
+/// where that is not known of each of them.
 #[must_use]
-pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Moments> {
-    let mut moments: Option<Moments> = None;
-    for layer in layers {
-        let [own] = &table.get(&layer.source(graph))?[..] else { return None };
-        match &mut moments {
-            Some(moments) => moments.merge(own),
-            None => moments = Some(own.clone()),
-        }
+pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Vec<Moments>> {
+    let (first, others) = layers.split_first()?;
+    let mut moments = table.get(&first.source(graph))?.clone();
+    for layer in others {
+        let own = table.get(&layer.source(graph))?;
+        moments.iter_mut().zip(own).for_each(|(moments, own)| moments.merge(own));
     }
-    let size = layers.first()?.columns;
-    moments.filter(|moments| moments.count > 0 && moments.sum.len() == size)
+    let is_whole = moments.iter().all(|group| group.count > 0 && group.sum.len() == first.columns);
+    (is_whole && moments.len() == first.groups).then_some(moments)
 }
 
 /// The hash of a sample: it, and not its place, decides where it is looked at.

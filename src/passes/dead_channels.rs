@@ -88,7 +88,7 @@ fn unread(graph: &Graph, channels: &Channels) -> BTreeMap<usize, f64> {
     for side in channels.sides.iter().filter(|side| side.role == Role::Reads) {
         let zeros = graph.constant(side.weight).and_then(|weight| zeros(weight, side.axis));
         for i in 0..channels.extent(side.weight, side.axis).unwrap_or(0) {
-            if let Some(class) = channels.class(side.weight, side.axis, i) {
+            for &class in channels.classes(side.weight, side.axis, i) {
                 *read.entry(class).or_default() |= zeros.as_ref().is_none_or(|zeros| !zeros[i]);
             }
         }

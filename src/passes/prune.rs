@@ -115,40 +115,66 @@ impl Group {
         self.units.iter().enumerate().map(|(i, &class)| (class, i)).collect()
     }
 
+    /// Whether an axis of some weight is a product of both.
+    fn shares_a_product(&self, other: &Self, channels: &Channels) -> bool {
+        let is_of = |a: &Side, b: &Side| (a.weight, a.axis) == (b.weight, b.axis);
+        let both = self.sides.iter().filter(|side| other.sides.iter().any(|own| is_of(own, side)));
+        both.into_iter().any(|side| {
+            let places = (self.places(), other.places());
+            (0..channels.extent(side.weight, side.axis).unwrap_or(0))
+                .any(|i| place(&places.0, channels, side, i).is_some() && place(&places.1, channels, side, i).is_some())
+        })
+    }
+
     fn of_role(&self, role: Role) -> impl Iterator<Item = &Side> {
         self.sides.iter().filter(move |side| side.role == role)
     }
+}
+
+/// The unit with which an index of a side goes, by the [places](Group::places) of a group.
+fn place(places: &BTreeMap<usize, usize>, channels: &Channels, side: &Side, index: usize) -> Option<usize> {
+    channels.classes(side.weight, side.axis, index).iter().find_map(|class| places.get(class).copied())
+}
+
+/// The classes that are made side by side, in sets: those along an axis of a weight, and along each factor of one that is a
+/// product.
+fn families(channels: &Channels) -> Vec<BTreeSet<usize>> {
+    let makers = channels.sides.iter().filter(|side| side.role == Role::Makes).map(|side| (side.weight, side.axis));
+    let mut families: Vec<BTreeSet<usize>> = Vec::new();
+    for (value, axis) in makers.chain(channels.factors()).filter(|&(value, axis)| !channels.is_product(value, axis)) {
+        let extent = channels.extent(value, axis).unwrap_or(0);
+        let mut own: BTreeSet<_> = (0..extent).flat_map(|i| channels.classes(value, axis, i)).copied().collect();
+        let (joined, apart): (Vec<_>, Vec<_>) = families.into_iter().partition(|family| !family.is_disjoint(&own));
+        families = apart;
+        own.extend(joined.into_iter().flatten());
+        families.push(own);
+    }
+    families.sort_by_key(|family| family.first().copied());
+    families
 }
 
 /// The groups of channels that may go; those that are pinned or kept are reported.
 fn groups(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Group> {
     let classes = |side: &Side| -> BTreeSet<usize> {
         let extent = channels.extent(side.weight, side.axis).unwrap_or(0);
-        (0..extent).filter_map(|i| channels.class(side.weight, side.axis, i)).collect()
+        (0..extent).flat_map(|i| channels.classes(side.weight, side.axis, i)).copied().collect()
     };
-    let mut groups: Vec<(BTreeSet<usize>, Vec<Side>)> = Vec::new();
-    for side in channels.sides.iter().filter(|side| side.role == Role::Makes) {
-        let (mut own, mut sides) = (classes(side), vec![*side]);
-        let (joined, apart): (Vec<_>, Vec<_>) = groups.into_iter().partition(|group| !group.0.is_disjoint(&own));
-        groups = apart;
-        for (classes, others) in joined {
-            own.extend(classes);
-            sides.extend(others);
-        }
-        groups.push((own, sides));
-    }
-    groups.sort_by_key(|group| group.0.first().copied());
-    for (own, sides) in &mut groups {
-        let readers = channels.sides.iter().filter(|side| side.role == Role::Reads);
-        sides.extend(readers.filter(|side| !classes(side).is_disjoint(own)));
+    let of_sides: Vec<_> = channels.sides.iter().map(|side| (*side, classes(side))).collect();
+    let is_shut = |class: &usize| channels.pinned(*class).is_some();
+    let mut shut = BTreeSet::new();
+    let open = families(channels).into_iter().filter_map(|classes| {
+        let of_role = |role: Role| {
+            let sides = of_sides.iter().filter(|(side, own)| side.role == role && !own.is_disjoint(&classes));
+            sides.map(|(side, _)| *side).collect::<Vec<_>>()
+        };
+        let makers = of_role(Role::Makes);
+        let mut sides = [makers.clone(), of_role(Role::Reads)].concat();
         let mut seen = BTreeSet::new();
         sides.retain(|side| seen.insert((side.weight, side.axis)));
-    }
-    let open = groups.into_iter().filter_map(|(classes, sides)| {
         let names: Vec<_> = sides.iter().map(|side| graph.name(side.weight)).collect();
         let users = sides.iter().flat_map(|side| graph.uses(side.weight));
         let labels: Vec<_> = users.map(|(node, _)| graph.label(node)).collect();
-        let first = names.first().copied().unwrap_or_default();
+        let first = graph.name(makers.first()?.weight);
         if cx.is_kept(&names) || cx.is_kept(&labels) {
             cx.decline(first, "kept by --keep");
             return None;
@@ -160,7 +186,11 @@ fn groups(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Group> {
         let reason = classes.iter().find_map(|&class| channels.pinned(class)).map(str::to_owned);
         let width = classes.len();
         let units: Vec<_> = classes.into_iter().filter(|&class| channels.pinned(class).is_none()).collect();
-        if let (true, Some(reason)) = (units.is_empty(), reason) {
+        // A weight whose channels are products is reported once, and if no factor of them can lose anything.
+        let made = of_sides.iter().find(|(side, _)| (side.weight, side.axis) == (makers[0].weight, makers[0].axis));
+        if let Some(reason) = reason.filter(|_| made.is_some_and(|(_, own)| own.iter().all(is_shut)))
+            && shut.insert(makers[0].weight)
+        {
             cx.decline(first, &format!("its channels must stay: {reason}"));
         }
         let damaged = |weight: &Tensor| is_float(weight.dtype()) && !weight.is_finite();
@@ -285,12 +315,20 @@ impl Prune {
     ) -> Vec<usize> {
         let multiples: Vec<_> = groups.iter().map(|group| self.multiple(group, graph, cx)).collect();
         if let Some(ratio) = self.ratio {
-            // So many, less what makes those that are left a multiple.
-            let count = |(group, &multiple): (&Group, &usize)| {
-                let wanted = ((ratio * group.units.len() as f64).floor() as usize).min(group.units.len() - 1);
-                group.width - (group.width - wanted).next_multiple_of(multiple)
+            // So many, less what makes those that are left a multiple. Of the factors of a product, the widest loses them.
+            let is_wider = |other: usize, than: usize| {
+                let (a, b) = (groups[other].units.len(), groups[than].units.len());
+                (a > b || (a == b && other < than)) && groups[other].shares_a_product(&groups[than], channels)
             };
-            return groups.iter().zip(&multiples).map(count).collect();
+            let count = |i: usize| {
+                if (0..groups.len()).any(|other| is_wider(other, i)) {
+                    return 0;
+                }
+                let group = &groups[i];
+                let wanted = ((ratio * group.units.len() as f64).floor() as usize).min(group.units.len() - 1);
+                group.width - (group.width - wanted).next_multiple_of(multiples[i])
+            };
+            return (0..groups.len()).map(count).collect();
         }
         let costs = Costs::of(graph, shapes, channels, groups, cx.minimize);
         allocate(groups, curves, &costs, cx.price, &multiples)

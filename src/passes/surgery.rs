@@ -10,8 +10,8 @@ use crate::{
 
 /// Spares the best of the doomed classes of each axis that would be left without any.
 pub(super) fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
-    for (value, axis, extent) in channels.axes() {
-        let classes = (0..extent).map(|i| channels.class(value, axis, i));
+    for (value, axis, extent) in channels.axes().filter(|&(value, axis, _)| !channels.is_product(value, axis)) {
+        let classes = (0..extent).map(|i| channels.classes(value, axis, i).first().copied());
         let scores = classes.map(|class| Some((*doomed.get(&class?)?, class?))).collect::<Option<Vec<_>>>();
         let best = scores.and_then(|scores| scores.into_iter().max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))));
         if let Some((_, class)) = best {
@@ -24,21 +24,21 @@ pub(super) fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
 /// Answers which channels are left of each value that lost some.
 pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>, pass: &str) -> Kept {
     let stays =
-        |value: Outlet, axis: usize, i: usize| channels.class(value, axis, i).is_none_or(|c| !doomed.contains(&c));
+        |value: Outlet, axis: usize, i: usize| !channels.classes(value, axis, i).iter().any(|c| doomed.contains(c));
     let kept =
         |value: Outlet, axis: usize, extent: usize| (0..extent).filter(|&i| stays(value, axis, i)).collect::<Vec<_>>();
     // Counts first: they are read off the values as they were.
     let axes: Vec<_> =
         channels.axes().map(|(value, axis, extent)| (value, axis, kept(value, axis, extent), extent)).collect();
-    let size = |value: Outlet, axis: usize| channels.extent(value, axis).map(|extent| kept(value, axis, extent).len());
     let mut extents: BTreeMap<String, Vec<(usize, usize)>> = BTreeMap::new();
     for (value, axis, kept, extent) in &axes {
         if kept.len() < *extent {
             extents.entry(graph.name(*value).to_owned()).or_default().push((*axis, kept.len()));
         }
     }
+    let places = |value: Outlet, axis: usize| kept(value, axis, channels.extent(value, axis).unwrap_or(0));
     for count in &channels.counts {
-        respell(graph, count, &size, pass);
+        respell(graph, count, &places, pass);
     }
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
     let mut left = Kept::new();
@@ -65,41 +65,67 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     left
 }
 
-/// Rewrites an attribute or constant that spells a count of channels.
-fn respell(graph: &mut Graph, count: &Count, size: &dyn Fn(Outlet, usize) -> Option<usize>, pass: &str) -> Option<()> {
+/// Rewrites an attribute or constant that spells a count or places of channels; `kept` are the places along an axis that stay.
+fn respell(graph: &mut Graph, count: &Count, kept: &dyn Fn(Outlet, usize) -> Vec<usize>, pass: &str) -> Option<()> {
+    let size = |value: Outlet, axis: usize| kept(value, axis).len() as i64;
     match *count {
-        Count::Group(node) => {
-            let channels = size(graph.operand(node, 0)?, 1)? as i64;
-            if graph.op(node)?.int("group") != Some(channels) {
-                graph.edit_op(node, |op| *op = std::mem::take(op).with_int("group", channels));
+        Count::Attribute(node, name, (value, axis)) => {
+            let size = size(value, axis);
+            if graph.op(node)?.int(name).unwrap_or(1) != size {
+                graph.edit_op(node, |op| *op = std::mem::take(op).with_int(name, size));
             }
         }
-        Count::Shape(node, axis) => {
-            let shape = graph.operand(node, 1)?;
-            let mut entries = graph.constant(shape)?.i64s()?;
-            entries[axis] = size(node.out(), axis)? as i64;
-            set_ints(graph, node, &entries, pass)?;
+        Count::Entry { reader, slot, at, of: (value, axis) } => {
+            let mut entries = graph.constant(graph.operand(reader, slot)?)?.i64s()?;
+            entries[at] = size(value, axis);
+            set_ints(graph, reader, slot, &entries, pass)?;
         }
         Count::Split(node, axis) => {
-            let parts = (0..graph.output_count(node)).map(|slot| Some(size(node.at(slot), axis)? as i64));
-            let parts: Vec<_> = parts.collect::<Option<_>>()?;
+            let parts: Vec<_> = (0..graph.output_count(node)).map(|slot| size(node.at(slot), axis)).collect();
             match graph.operand(node, 1) {
-                Some(_) => set_ints(graph, node, &parts, pass)?,
+                Some(_) => set_ints(graph, node, 1, &parts, pass)?,
                 None => graph.edit_op(node, |op: &mut Op| *op = std::mem::take(op).with_ints("split", &parts)),
+            }
+        }
+        Count::Gather(node, axis, ref taken) => {
+            let left = kept(graph.operand(node, 0)?, axis);
+            let place = |&at: &usize| left.iter().position(|&place| place == taken[at]).map(|i| i as i64);
+            let taken: Vec<_> = kept(node.out(), axis).iter().map(place).collect::<Option<_>>()?;
+            set_ints(graph, node, 1, &taken, pass)?;
+        }
+        Count::Slice(node, entry, axis, ref range) => {
+            let left = kept(graph.operand(node, 0)?, axis);
+            let before = |limit: usize| left.iter().filter(|&&place| place < limit).count() as i64;
+            let bounds = [("starts", 1, before(range.start)), ("ends", 2, before(range.end))];
+            for (name, slot, bound) in bounds {
+                let listed = graph.operand(node, slot);
+                let mut entries = match listed {
+                    Some(list) => graph.constant(list)?.i64s()?,
+                    None => graph.op(node)?.ints(name)?.to_vec(),
+                };
+                entries[entry] = bound;
+                if listed.is_some() {
+                    set_ints(graph, node, slot, &entries, pass)?;
+                } else {
+                    graph.edit_op(node, |op: &mut Op| *op = std::mem::take(op).with_ints(name, &entries));
+                }
             }
         }
     }
     Some(())
 }
 
-/// Has `node` read `entries` in slot 1, where it read another constant.
-fn set_ints(graph: &mut Graph, node: NodeId, entries: &[i64], pass: &str) -> Option<()> {
-    let old = graph.operand(node, 1)?;
-    if graph.constant(old)?.i64s()? == entries {
+/// Has `node` read `entries` in `slot`, where it read another constant of the same type and rank.
+fn set_ints(graph: &mut Graph, node: NodeId, slot: u32, entries: &[i64], pass: &str) -> Option<()> {
+    let old = graph.operand(node, slot)?;
+    let constant = graph.constant(old)?;
+    if constant.i64s()? == entries {
         return Some(());
     }
+    let dims = if constant.dims().is_empty() { vec![] } else { vec![entries.len()] };
+    let new = Weight::dense(Tensor::integers(constant.dtype(), &dims, entries)?);
     let name = format!("{}.{pass}", graph.name(old));
-    let new = graph.add_const(Weight::dense(Tensor::i64(&[entries.len()], entries)), &name);
-    graph.exchange_operand(node, 1, Some(new));
+    let new = graph.add_const(new, &name);
+    graph.exchange_operand(node, slot, Some(new));
     Some(())
 }

@@ -257,7 +257,7 @@ impl Metric {
         }
         let (key, table) = (hasher.digest(), Arc::clone(&cx.moments));
         let read = cx.remember(key, || {
-            let moments = together(&table, graph, &layers)?;
+            let moments = together(&table, graph, &layers)?.into_iter().next()?;
             // Directions that few samples do not show are no free ones.
             let (factor, _) = Cholesky::ridged(&moments.covariance(), moments.ridge())?;
             Some(Read { root: factor.root(), mean: moments.mean() })

@@ -93,6 +93,6 @@ pub(crate) fn set_matrices(
     let dims = old.value().dims().to_vec();
     let new = old.fit(&dims, &linear.elements(matrices)).filter(|weight| weight.value().is_finite())?;
     let new = graph.add_const(new, &format!("{}.{pass}", graph.name(linear.weight)));
-    graph.exchange_operand(linear.node, 1, Some(new));
+    graph.exchange_operand(linear.node, linear.slot(), Some(new));
     Some(())
 }

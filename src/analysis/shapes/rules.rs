@@ -74,6 +74,7 @@ impl Rule<'_> {
                 Some(vec![Fact { dtype: x.dtype, dims: Some(dims), ints }])
             }
             "Flatten" => one(self.flatten()),
+            "DepthToSpace" | "SpaceToDepth" => one(self.blocks()),
             "Transpose" => one(self.transpose()),
             "Squeeze" => self.squeeze(),
             "Unsqueeze" => self.unsqueeze(),

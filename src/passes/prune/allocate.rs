@@ -1,7 +1,10 @@
 //! How many channels of each layer go: always those next that cost the least error for what they save, until the price is
 //! reached. At every stop all layers pay the same price for a byte (or a multiply-add), which is what a joint optimum does.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{Group, curve::Curve};
 use crate::{
@@ -10,10 +13,11 @@ use crate::{
     pass::{Minimize, Price},
 };
 
-/// An extent, as so many that stay and so many for each unit of a group.
+/// An extent, as so many that stay and so many that each stay as long as the units of some groups do.
 struct Extent {
     fixed: f64,
-    units: Vec<(usize, f64)>,
+    /// How many there are in all, and the groups whose shares that are left they are multiplied by.
+    parts: Vec<(f64, Vec<usize>)>,
 }
 
 /// A cost that is a product of extents.
@@ -30,9 +34,21 @@ pub(super) struct Costs {
 }
 
 impl Extent {
-    fn at(&self, left: &[usize]) -> f64 {
-        self.fixed + self.units.iter().map(|&(group, each)| each * left[group] as f64).sum::<f64>()
+    /// How many there are where such shares of the groups are left.
+    fn at(&self, left: &[f64]) -> f64 {
+        self.fixed + self.parts.iter().map(|(count, groups)| product(*count, groups, left)).sum::<f64>()
     }
+
+    /// How many go with the whole of a group.
+    fn slope(&self, group: usize, left: &[f64]) -> f64 {
+        let own = self.parts.iter().filter(|part| part.1.contains(&group));
+        let others = |groups: &[usize]| groups.iter().copied().filter(|&g| g != group).collect::<Vec<_>>();
+        own.map(|(count, groups)| product(*count, &others(groups), left)).sum()
+    }
+}
+
+fn product(count: f64, groups: &[usize], left: &[f64]) -> f64 {
+    groups.iter().map(|&group| left[group]).fold(count, |product, share| product * share)
 }
 
 impl Costs {
@@ -50,23 +66,21 @@ impl Costs {
         }
         let extent = |value: Outlet, axis: usize| {
             let length = channels.extent(value, axis)?;
-            let mut counts: BTreeMap<usize, f64> = BTreeMap::new();
+            let mut counts: BTreeMap<Vec<usize>, f64> = BTreeMap::new();
             for index in 0..length {
-                let class = channels.class(value, axis, index)?;
-                if let Some(&group) = group_of.get(&class) {
-                    *counts.entry(group).or_default() += 1.0;
-                }
+                let classes = channels.classes(value, axis, index).iter();
+                let groups: BTreeSet<usize> = classes.filter_map(|class| group_of.get(class).copied()).collect();
+                *counts.entry(groups.into_iter().collect()).or_default() += 1.0;
             }
-            let fixed = length as f64 - counts.values().sum::<f64>();
-            let units = counts.into_iter().map(|(group, n)| (group, n / groups[group].units.len() as f64)).collect();
-            Some(Extent { fixed, units })
+            let fixed = counts.remove(&vec![]).unwrap_or(0.0);
+            Some(Extent { fixed, parts: counts.into_iter().map(|(groups, count)| (count, groups)).collect() })
         };
         let mut terms = Vec::new();
         let mut term = |whole: f64, axes: &[(Outlet, usize)]| {
             let all: Option<Vec<_>> = axes.iter().map(|&(value, axis)| extent(value, axis)).collect();
             let Some(all) = all else { return };
-            let extents = |all: Vec<Extent>| all.into_iter().filter(|e| !e.units.is_empty()).collect::<Vec<_>>();
-            let full: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
+            let extents = |all: Vec<Extent>| all.into_iter().filter(|e| !e.parts.is_empty()).collect::<Vec<_>>();
+            let full = vec![1.0; groups.len()];
             let extents = extents(all);
             if !extents.is_empty() {
                 let product: f64 = extents.iter().map(|extent| extent.at(&full)).product();
@@ -98,7 +112,7 @@ impl Costs {
         }
         let mut of_group = vec![Vec::new(); groups.len()];
         for (i, term) in terms.iter().enumerate() {
-            for &(group, _) in term.extents.iter().flat_map(|extent| &extent.units) {
+            for &group in term.extents.iter().flat_map(|extent| &extent.parts).flat_map(|part| &part.1) {
                 if of_group[group].last() != Some(&i) {
                     of_group[group].push(i);
                 }
@@ -107,16 +121,17 @@ impl Costs {
         Self { terms, of_group }
     }
 
-    /// What one more unit of `group` costs where so many are left.
-    fn marginal(&self, group: usize, left: &[usize]) -> f64 {
+    /// What the whole of `group` costs where such shares of all groups are left.
+    fn marginal(&self, group: usize, left: &[f64]) -> f64 {
         let terms = self.of_group[group].iter().map(|&i| &self.terms[i]);
         let each = |term: &Term| {
             let extents: Vec<f64> = term.extents.iter().map(|extent| extent.at(left)).collect();
             let product: f64 = extents.iter().product();
-            let shares = term.extents.iter().zip(&extents).map(|(extent, at)| {
-                let own = extent.units.iter().filter(|unit| unit.0 == group).map(|unit| unit.1).sum::<f64>();
-                own / at.max(f64::MIN_POSITIVE)
-            });
+            let shares = term
+                .extents
+                .iter()
+                .zip(&extents)
+                .map(|(extent, at)| extent.slope(group, left) / at.max(f64::MIN_POSITIVE));
             term.factor * product * shares.sum::<f64>()
         };
         terms.map(each).sum()
@@ -166,16 +181,18 @@ pub(super) fn allocate(
 ) -> Vec<usize> {
     let steps = groups.iter().zip(curves).zip(multiples);
     let steps: Vec<_> = steps.map(|((group, curve), &multiple)| Steps::of(curve, group, multiple)).collect();
+    let sizes: Vec<_> = groups.iter().map(|group| group.units.len() as f64).collect();
     let mut left: Vec<usize> = groups.iter().map(|group| group.units.len()).collect();
     let mut at = vec![0; groups.len()];
     let mut spare = price.spare;
     // A step changes what those of the groups save that share a term with it: all are looked at again.
     for step in 0.. {
         let filling = step >= price.steps;
+        let shares: Vec<f64> = left.iter().zip(&sizes).map(|(&left, size)| left as f64 / size).collect();
         let offer = |i: usize| {
             let slope = *steps[i].slopes.get(at[i])?;
             let next = steps[i].counts[at[i] + 1];
-            let each = costs.marginal(i, &left);
+            let each = costs.marginal(i, &shares) / sizes[i];
             let error = curves[i].errors[groups[i].units.len() - next - 1];
             let asked = if slope <= 0.0 { 0.0 } else { slope * groups[i].sensitivity / each };
             let pays = each > 0.0 && error <= price.ceiling && (filling || asked < price.per_byte);

@@ -10,18 +10,18 @@ use crate::{
         linear::Linear,
         moments::{Table, together},
     },
-    ir::{Graph, Inlet, NodeId, Outlet},
+    ir::{Graph, NodeId, Outlet},
     linalg::{Cholesky, energy, product},
     refit::{Bias, set_matrices},
 };
 
 /// The layers that multiply by `weight`.
 pub(super) fn readers_of(graph: &Graph, weight: Outlet) -> Vec<Linear> {
-    let uses = graph.uses(weight).into_iter().filter(|(_, inlet)| *inlet == Inlet::Slot(1));
-    uses.filter_map(|(node, _)| Linear::of(graph, node)).filter(|linear| linear.groups == 1).collect()
+    let layers = graph.uses(weight).into_iter().flat_map(|(node, _)| Linear::within(graph, node));
+    layers.filter(|linear| linear.weight == weight).collect()
 }
 
-/// A weight, and what is known of what it reads.
+/// The matrix of one group of a weight, and what is known of what it reads.
 pub(super) struct Statistic {
     /// W, o×d.
     pub(super) weight: DMatrix<f64>,
@@ -32,17 +32,23 @@ pub(super) struct Statistic {
     pub(super) zeros: DVector<f64>,
     /// tr(W·C·Wᵀ).
     pub(super) energy: f64,
+    /// That of this group among all groups of the weight.
+    pub(super) share: f64,
     pub(super) ridge: f64,
     /// E[(x − μ)(x − μ)ᵀ] over other samples, where there are some.
     pub(super) check: Option<DMatrix<f64>>,
-    /// Columns for each index along the axis that reads.
-    taps: usize,
+    linear: Linear,
+    group: usize,
 }
 
 impl Statistic {
-    /// Of `weight`, whose `axis` reads channels, by the moments of `table` and those of other samples; `None` where nothing is
-    /// known.
-    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, (table, others): (&Table, &Table)) -> Option<Self> {
+    /// Of each group of `weight`, whose `axis` reads channels, by the moments of `table` and those of other samples; none
+    /// where nothing is known.
+    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, tables: (&Table, &Table)) -> Vec<Self> {
+        Self::find(graph, weight, axis, tables).unwrap_or_default()
+    }
+
+    fn find(graph: &Graph, weight: Outlet, axis: usize, (table, others): (&Table, &Table)) -> Option<Vec<Self>> {
         let readers = readers_of(graph, weight);
         let first = readers.first()?;
         if readers.len() != graph.uses(weight).len() || axis == first.output_axis() {
@@ -50,21 +56,32 @@ impl Statistic {
         }
         let moments = together(table, graph, &readers)?;
         let others = together(others, graph, &readers);
-        let weight = first.matrices(&graph.constant(weight)?.f64s()?).into_iter().next()?;
-        let covariance = if first.is_direct() { moments.covariance() } else { moments.second() };
-        Some(Self {
-            mean: if first.is_direct() { moments.mean() } else { DVector::zeros(first.columns) },
-            zeros: &moments.zeros / moments.count as f64,
-            energy: energy(&weight, &covariance),
-            ridge: moments.ridge(),
-            check: others.map(|others| {
-                let drift = others.mean() - moments.mean();
-                if first.is_direct() { others.covariance() + &drift * drift.transpose() } else { others.second() }
-            }),
-            taps: first.taps,
-            covariance,
-            weight,
-        })
+        let matrices = first.matrices(&graph.constant(weight)?.f64s()?);
+        let of_group = |(group, weight): (usize, DMatrix<f64>)| {
+            let (moments, others) = (&moments[group], others.as_ref().map(|others| &others[group]));
+            let covariance = if first.is_direct() { moments.covariance() } else { moments.second() };
+            Self {
+                mean: if first.is_direct() { moments.mean() } else { DVector::zeros(first.columns) },
+                zeros: &moments.zeros / moments.count as f64,
+                energy: energy(&weight, &covariance),
+                share: 1.0,
+                ridge: moments.ridge(),
+                check: others.map(|others| {
+                    let drift = others.mean() - moments.mean();
+                    if first.is_direct() { others.covariance() + &drift * drift.transpose() } else { others.second() }
+                }),
+                linear: first.clone(),
+                group,
+                covariance,
+                weight,
+            }
+        };
+        let mut groups: Vec<_> = matrices.into_iter().enumerate().map(of_group).collect();
+        let whole: f64 = groups.iter().map(|group| group.energy).sum();
+        for group in &mut groups {
+            group.share = if whole > 0.0 { group.energy / whole } else { 0.0 };
+        }
+        Some(groups)
     }
 
     /// For each column, the sum of the absolute correlations of what is read and what is made.
@@ -80,18 +97,17 @@ impl Statistic {
     }
 
     /// The columns of index `index` along the axis that reads.
-    pub(super) fn columns_of(&self, index: usize) -> impl Iterator<Item = usize> + use<> {
-        index * self.taps..(index + 1) * self.taps
+    pub(super) fn columns_of(&self, index: usize) -> std::ops::Range<usize> {
+        self.linear.columns_of(index, self.group)
     }
 }
 
-/// What a layer is to compute once the channels are gone: its matrix, and what is added to its bias.
+/// What a layer is to compute once the channels are gone: for each group that is left, its matrix and what is added to its
+/// bias.
 struct Change {
     node: NodeId,
-    matrix: DMatrix<f64>,
-    shift: DVector<f64>,
-    /// The output channels that are left.
-    rows: Vec<usize>,
+    slot: u32,
+    groups: Vec<(DMatrix<f64>, DVector<f64>)>,
 }
 
 /// What makes up for removed channels.
@@ -108,7 +124,7 @@ impl Compensation {
     ) -> Self {
         let kept = |value: Outlet, axis: usize| -> (Vec<usize>, Vec<usize>) {
             let extent = channels.extent(value, axis).unwrap_or(0);
-            let is_doomed = |&i: &usize| channels.class(value, axis, i).is_some_and(|class| doomed.contains(&class));
+            let is_doomed = |&i: &usize| channels.classes(value, axis, i).iter().any(|class| doomed.contains(class));
             (0..extent).partition(|i| !is_doomed(i))
         };
         let mut changes = BTreeMap::new();
@@ -117,20 +133,24 @@ impl Compensation {
             if go.is_empty() || stay.is_empty() {
                 continue;
             }
-            let Some(statistic) = Statistic::of(graph, side.weight, side.axis, (table, &Table::new())) else {
-                continue;
+            let statistics = Statistic::of(graph, side.weight, side.axis, (table, &Table::new()));
+            let Some(linear) = statistics.first().map(|statistic| &statistic.linear) else { continue };
+            let made = kept(side.weight, linear.output_axis()).0;
+            let part = |statistic: &Statistic| {
+                let columns =
+                    |indices: &[usize]| indices.iter().flat_map(|&i| statistic.columns_of(i)).collect::<Vec<_>>();
+                let rows: Vec<_> = made.iter().flat_map(|&i| linear.rows_of(i, statistic.group)).collect();
+                let (stay, go) = (columns(&stay), columns(&go));
+                let is_left = !stay.is_empty() && !rows.is_empty();
+                is_left.then(|| {
+                    let (matrix, shift) = statistic.without(&stay, &go, bias_only)?;
+                    Some((matrix.select_rows(&rows), shift.select_rows(&rows)))
+                })
             };
-            let columns = |indices: &[usize]| indices.iter().flat_map(|&i| statistic.columns_of(i)).collect::<Vec<_>>();
-            let Some((matrix, shift)) = statistic.without(&columns(&stay), &columns(&go), bias_only) else { continue };
+            let Some(groups) = statistics.iter().filter_map(part).collect::<Option<Vec<_>>>() else { continue };
             for reader in readers_of(graph, side.weight) {
-                let rows = if reader.is_direct() {
-                    kept(side.weight, reader.output_axis()).0
-                } else {
-                    let taps = reader.rows / channels.extent(side.weight, 1).unwrap_or(1).max(1);
-                    kept(side.weight, 1).0.into_iter().flat_map(|o| o * taps..(o + 1) * taps).collect()
-                };
-                let change = Change { node: reader.node, matrix: matrix.clone(), shift: shift.clone(), rows };
-                changes.insert(reader.node, change);
+                let (node, slot) = (reader.node, reader.slot());
+                changes.insert((node, slot), Change { node, slot, groups: groups.clone() });
             }
         }
         Self(changes.into_values().collect())
@@ -138,25 +158,26 @@ impl Compensation {
 
     /// Makes the changes, once the channels are gone; says to how many layers.
     pub(super) fn apply(self, graph: &mut Graph, pass: &str) -> usize {
-        let apply = |change: &Change| {
-            let linear = Linear::of(graph, change.node)?;
-            let bias = Bias::of(graph, &linear);
-            let matrix = change.matrix.select_rows(&change.rows);
-            if matrix.shape() != (linear.rows, linear.columns) {
+        let apply = |change: Change| {
+            let linear = Linear::within(graph, change.node).into_iter().find(|linear| linear.slot() == change.slot)?;
+            let (matrices, shifts): (Vec<_>, Vec<_>) = change.groups.into_iter().unzip();
+            let shape = (linear.rows, linear.columns);
+            if matrices.len() != linear.groups || matrices.iter().any(|matrix| matrix.shape() != shape) {
                 return None;
             }
             if linear.is_direct() {
+                let bias = Bias::of(graph, &linear);
                 let mut values = bias.values(graph, &linear)?;
-                for (value, &row) in values.iter_mut().zip(&change.rows) {
-                    *value += change.shift[row];
+                for (value, shift) in values.iter_mut().zip(shifts.iter().flat_map(|shift| shift.iter())) {
+                    *value += shift;
                 }
-                set_matrices(graph, &linear, &[matrix], pass)?;
+                set_matrices(graph, &linear, &matrices, pass)?;
                 bias.set(graph, &linear, &values, pass)
             } else {
-                set_matrices(graph, &linear, &[matrix], pass)
+                set_matrices(graph, &linear, &matrices, pass)
             }
         };
-        self.0.iter().filter_map(apply).count()
+        self.0.into_iter().filter_map(apply).count()
     }
 }
 
@@ -165,6 +186,9 @@ impl Statistic {
     /// `A = C_RK·(C_KK + λI)⁻¹`, `W'_K = W_K + W_R·A` and `Δb = W_R·(μ_R − A·μ_K)` (algorithms.md §2.5).
     fn without(&self, stay: &[usize], go: &[usize], bias_only: bool) -> Option<(DMatrix<f64>, DVector<f64>)> {
         let (kept, gone) = (self.weight.select_columns(stay), self.weight.select_columns(go));
+        if go.is_empty() {
+            return Some((kept, DVector::zeros(self.weight.nrows())));
+        }
         let lost = &gone * self.mean.select_rows(go);
         if bias_only {
             return Some((kept, lost));

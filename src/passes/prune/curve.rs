@@ -33,6 +33,8 @@ pub(super) struct Reader {
     inverse: DMatrix<f64>,
     /// tr(W·C·Wᵀ).
     energy: f64,
+    /// What its error counts for: less than 1 where it is one of the groups of a layer.
+    share: f64,
     /// The columns that each unit is read by.
     columns: Vec<Vec<usize>>,
 }
@@ -50,7 +52,20 @@ impl Reader {
         let (factor, _) = Cholesky::ridged(covariance, ridge)?;
         let inverse = factor.inverse(covariance.nrows());
         let original = weight.clone();
-        (energy > 0.0 && energy.is_finite()).then_some(Self { original, check, weight, inverse, energy, columns })
+        (energy > 0.0 && energy.is_finite()).then_some(Self {
+            original,
+            check,
+            weight,
+            inverse,
+            energy,
+            share: 1.0,
+            columns,
+        })
+    }
+
+    /// The same as one group of a layer, of this share of its energy.
+    pub(super) fn of_share(self, share: f64) -> Self {
+        Self { share, ..self }
     }
 
     /// The inverse's block of `unit`, inverted, and W's columns of it.
@@ -66,14 +81,14 @@ impl Reader {
         if self.columns[unit].is_empty() {
             return 0.0;
         }
-        self.block(unit).map_or(f64::INFINITY, |(block, own)| (&own * block).dot(&own) / self.energy)
+        self.block(unit).map_or(f64::INFINITY, |(block, own)| (&own * block).dot(&own) / self.energy * self.share)
     }
 
     /// The error so far on samples that the fit has not seen: few samples make a fit look better than it is.
     fn checked(&self) -> Option<f64> {
         let check = self.check.as_ref()?;
         let whole = energy(&self.original, check);
-        (whole > 0.0).then(|| energy(&(&self.weight - &self.original), check) / whole)
+        (whole > 0.0).then(|| energy(&(&self.weight - &self.original), check) / whole * self.share)
     }
 
     /// Removes `unit`: `W ← W − W_J·(H⁻¹_JJ)⁻¹·H⁻¹_J`, and `H⁻¹ ← H⁻¹ − H⁻¹_J·(H⁻¹_JJ)⁻¹·H⁻¹_Jᵀ`.

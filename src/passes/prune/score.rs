@@ -11,6 +11,7 @@ use super::{
     Group,
     compensate::{Statistic, readers_of},
     curve::{Curve, Reader, lasso},
+    place,
 };
 use crate::{
     analysis::{
@@ -56,8 +57,8 @@ impl Score {
             let weight = graph.constant(side.weight).map_or(0, crate::ir::Tensor::hash);
             hasher.update(format!("{weight} {} {:?}", side.axis, side.role).as_bytes());
             for index in 0..channels.extent(side.weight, side.axis).unwrap_or(0) {
-                let place = channels.class(side.weight, side.axis, index).and_then(|class| places.get(&class));
-                hasher.update(&place.map_or(u64::MAX, |&place| place as u64).to_le_bytes());
+                let unit = place(&places, channels, side, index);
+                hasher.update(&unit.map_or(u64::MAX, |unit| unit as u64).to_le_bytes());
             }
             for reader in readers_of(graph, side.weight) {
                 hasher.update(reader.source(graph).as_bytes());
@@ -77,6 +78,7 @@ impl Score {
                 columns.clone(),
                 statistic.check.clone(),
             )
+            .map(|reader| reader.of_share(statistic.share))
         };
         let readers: Vec<_> = statistics.iter().filter_map(reader).collect();
         let scores = || self.scores(graph, channels, group, &statistics);
@@ -153,16 +155,18 @@ fn statistics(
 ) -> Vec<(Statistic, Vec<Vec<usize>>)> {
     let places = group.places();
     let of_side = |side: &Side| {
-        let statistic = Statistic::of(graph, side.weight, side.axis, tables)?;
-        let mut columns = vec![Vec::new(); group.units.len()];
-        for index in 0..channels.extent(side.weight, side.axis)? {
-            if let Some(&place) = places.get(&channels.class(side.weight, side.axis, index)?) {
-                columns[place].extend(statistic.columns_of(index));
+        let columns = |statistic: Statistic| {
+            let mut columns = vec![Vec::new(); group.units.len()];
+            for index in 0..channels.extent(side.weight, side.axis).unwrap_or(0) {
+                if let Some(unit) = place(&places, channels, side, index) {
+                    columns[unit].extend(statistic.columns_of(index));
+                }
             }
-        }
-        Some((statistic, columns))
+            (statistic, columns)
+        };
+        Statistic::of(graph, side.weight, side.axis, tables).into_iter().map(columns).collect::<Vec<_>>()
     };
-    group.of_role(Role::Reads).filter_map(of_side).collect()
+    group.of_role(Role::Reads).flat_map(of_side).collect()
 }
 
 /// For each unit, what `whole` makes of the sum of `part` over the weights of a role, added up over these weights.
@@ -186,9 +190,8 @@ fn norms(
         }
         let each = (values.len() / extent.max(1)).max(1) as f64;
         for (i, sum) in sums.into_iter().enumerate() {
-            let place = channels.class(side.weight, side.axis, i).and_then(|class| places.get(&class));
-            if let Some(&place) = place {
-                scores[place] += whole(sum, each);
+            if let Some(unit) = place(&places, channels, side, i) {
+                scores[unit] += whole(sum, each);
             }
         }
     }
@@ -208,9 +211,8 @@ fn distances(graph: &Graph, channels: &Channels, group: &Group) -> Vec<f64> {
         let mut filled = vec![0; extent];
         for (i, value) in values.iter().enumerate() {
             let index = i / step % extent;
-            let place = channels.class(side.weight, side.axis, index).and_then(|class| places.get(&class));
-            if let Some(&place) = place {
-                rows[(place, filled[index])] = *value;
+            if let Some(unit) = place(&places, channels, side, index) {
+                rows[(unit, filled[index])] = *value;
                 filled[index] += 1;
             }
         }

@@ -75,6 +75,20 @@ impl Rule<'_> {
         Some(vec![product(&dims[..at]), product(&dims[at..])])
     }
 
+    /// Channels that become blocks of pixels, or blocks that become channels.
+    pub(super) fn blocks(&self) -> Option<Vec<Dim>> {
+        let [n, c, h, w] = self.dims(0)?[..] else { return None };
+        let size = Term::number(self.op.int("blocksize").filter(|&size| size > 0)?);
+        let area = size.times(size)?;
+        let grow = |d: Dim, by: Term| d.and_then(|d| d.times(by));
+        let shrink = |d: Dim, by: Term| d.and_then(|d| d.over(by));
+        Some(if self.op.is("DepthToSpace") {
+            vec![n, shrink(c, area), grow(h, size), grow(w, size)]
+        } else {
+            vec![n, grow(c, area), shrink(h, size), shrink(w, size)]
+        })
+    }
+
     pub(super) fn transpose(&self) -> Option<Vec<Dim>> {
         let dims = self.dims(0)?;
         match self.op.ints("perm") {
