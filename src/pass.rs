@@ -6,9 +6,12 @@ use globset::GlobSet;
 use serde::Serialize;
 
 use crate::{
-    analysis::{moments, shapes::Shapes},
+    analysis::{
+        moments,
+        shapes::{Fact, Shapes},
+    },
     codec::Model,
-    ir::{Graph, NodeId},
+    ir::{Graph, NodeId, Outlet},
     refit::Kept,
     verify::{Cannot, Engine, Reference, Value},
 };
@@ -282,6 +285,24 @@ impl Context {
         Shapes::infer(graph, &self.bound)
     }
 
+    /// The shapes of `graph` where its inputs' open extents have lengths that nothing else has by chance, so that two axes are
+    /// not taken for one that are alike at the verified shapes only; those where the graph can't have any other.
+    #[must_use]
+    pub fn telling_shapes(&self, graph: &Graph) -> Shapes {
+        let shapes = self.shapes(graph);
+        let bound = |rest: bool| Shapes::infer(graph, &telling(graph, &self.bound, rest));
+        let fits = |other: &Shapes| {
+            let elements = |value: Outlet| other.known(value).map(|dims| dims.iter().product::<usize>());
+            graph.ops().into_iter().all(|id| {
+                let is_kept = graph.op_of(id, "Reshape").is_none()
+                    || graph.operand(id, 0).is_some_and(|x| elements(x) == elements(id.out()));
+                let mut outputs = (0..graph.output_count(id)).map(|slot| id.at(slot));
+                is_kept && outputs.all(|value| shapes.known(value).is_none() || other.known(value).is_some())
+            })
+        };
+        [true, false].into_iter().map(bound).find(fits).unwrap_or(shapes)
+    }
+
     /// Forgets what the last pass left, but not what holds for the model.
     pub(crate) fn reset(&mut self, price: Price) {
         self.price = price;
@@ -289,6 +310,31 @@ impl Context {
         self.tally.clear();
         self.declined.clear();
     }
+}
+
+/// Input shapes in which open extents are primes, and where `rest` is set, those after the first axis of an input multiples of
+/// primes that a network may halve some times; one name stands for one extent.
+fn telling(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, rest: bool) -> BTreeMap<String, Vec<usize>> {
+    const BATCH: usize = 7;
+    const PRIMES: [usize; 6] = [11, 13, 17, 19, 23, 29];
+    const HALVED: usize = 32;
+    let (mut shapes, mut named) = (bound.clone(), BTreeMap::new());
+    for input in graph.fed_inputs() {
+        let fact = Fact::declared(&input.info);
+        let (Some(dims), Some(known)) = (fact.dims, shapes.get_mut(input.info.name())) else { continue };
+        for (axis, (dim, extent)) in dims.iter().zip(known).enumerate() {
+            if dim.is_some_and(|dim| dim.known().is_some()) || axis > 0 && !rest {
+                continue;
+            }
+            let next = PRIMES[named.len() % PRIMES.len()] * HALVED;
+            let fresh = if axis == 0 { BATCH } else { next };
+            *extent = match dim {
+                Some(dim) => *named.entry(format!("{dim:?}")).or_insert(fresh),
+                None => fresh,
+            };
+        }
+    }
+    shapes
 }
 
 /// Runs `f` on `graph` and on every body in it, outer ones first.

@@ -144,7 +144,8 @@ pub(crate) fn slice_indices(extent: usize, start: i64, end: i64, step: i64) -> O
     let (first, stop) = if step > 0 {
         (wrap(start).clamp(0, n), wrap(end).clamp(0, n))
     } else {
-        (wrap(start).clamp(-1, n - 1), wrap(end).clamp(-1, n - 1))
+        // A start before the first element is the first.
+        (wrap(start).clamp(0, n.max(1) - 1).min(n - 1), wrap(end).clamp(-1, n - 1))
     };
     let span = if step > 0 { stop - first } else { first - stop };
     let count = usize::try_from(span.max(0)).ok()?.div_ceil(usize::try_from(step.unsigned_abs()).ok()?);
@@ -242,4 +243,18 @@ fn shape(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     let (start, end) = (clamp(call.op.int("start").unwrap_or(0)), clamp(call.op.int("end").unwrap_or(rank)));
     let dims: Vec<_> = x.dims().get(start..end.max(start))?.iter().map(|&d| d as i64).collect();
     Some(Tensor::i64(&[dims.len()], &dims))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::slice_indices;
+
+    #[test]
+    fn a_slice_backwards_from_before_the_first_element_takes_that() {
+        let taken = |extent, start, end| slice_indices(extent, start, end, -1).unwrap().collect::<Vec<_>>();
+        assert_eq!(taken(5, -10, -20), [0]);
+        assert_eq!(taken(5, 10, 1), [4, 3, 2]);
+        assert_eq!(taken(5, -10, 0), [0; 0]);
+        assert_eq!(taken(0, -1, -9), [0; 0]);
+    }
 }

@@ -39,6 +39,20 @@ impl Graph {
         fresh(base, |name| self.names.contains(name))
     }
 
+    /// A name for what is made of `value` and called `what`: that of `value`, and `what` once.
+    #[must_use]
+    pub fn name_after(&self, value: Outlet, what: &str) -> String {
+        let suffix = format!(".{what}");
+        let mut base = self.name(value);
+        loop {
+            // It may be numbered.
+            let bare = base.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix('.').unwrap_or(base);
+            let Some(shorter) = base.strip_suffix(&suffix).or(bare.strip_suffix(&suffix)) else { break };
+            base = shorter;
+        }
+        format!("{base}{suffix}")
+    }
+
     /// Adds an operator fed by `operands`, that makes values called `names` or like it, at the place of `near`.
     pub fn add_op(&mut self, mut op: Op, operands: &[Option<Outlet>], names: &[&str], near: NodeId) -> NodeId {
         self.edits += 1;

@@ -78,6 +78,15 @@ impl Op {
         self
     }
 
+    /// The same with the name, doc string and metadata of `old`, whose node it becomes.
+    #[must_use]
+    pub fn in_place_of(mut self, old: &Self) -> Self {
+        self.proto.name.clone_from(&old.proto.name);
+        self.proto.doc_string.clone_from(&old.proto.doc_string);
+        self.proto.metadata_props.clone_from(&old.proto.metadata_props);
+        self
+    }
+
     /// For instance `Conv`.
     #[must_use]
     pub fn op_type(&self) -> &str {

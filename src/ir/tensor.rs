@@ -181,6 +181,18 @@ impl Tensor {
         }
     }
 
+    /// How many bytes the elements take where they are kept: typed data is packed otherwise than raw.
+    #[must_use]
+    pub fn stored_len(&self) -> usize {
+        match &self.data {
+            Data::Carried { proto, external: None } if proto.raw_data.is_none() => {
+                let text = proto.name().len() + proto.doc_string().len();
+                prost::Message::encoded_len(proto.as_ref()).saturating_sub(text)
+            }
+            _ => self.byte_len(),
+        }
+    }
+
     /// Whether a pass computed the elements (they are not those of a file).
     #[must_use]
     pub fn is_made(&self) -> bool {

@@ -36,7 +36,10 @@ impl Declare for DeadChannels {
 
 impl Pass for DeadChannels {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let removed = everywhere_inferring(graph, &|graph| cx.shapes(graph), &clear);
+        let all = |graph: &mut Graph, infer: &Infer<'_>| {
+            std::iter::from_fn(|| Some(clear(graph, infer)).filter(|&removed| removed > 0)).sum()
+        };
+        let removed = everywhere_inferring(graph, &|graph| cx.telling_shapes(graph), &all);
         cx.add("channels removed", removed);
         Ok(())
     }
@@ -165,6 +168,7 @@ fn silence(graph: &mut Graph, node: NodeId) -> Option<()> {
     for (next, through) in &readers {
         let fits = next.groups == 1
             && next.channels.1 == layer.channels.0
+            && graph.op(next.node).is_some_and(|op| op.int("transA").unwrap_or(0) == 0)
             && (next.trailing > 0) == (layer.trailing > 0)
             && graph.sole_use(next.weight).is_some()
             && !graph.is_pinned(next.weight);
@@ -250,7 +254,7 @@ fn take_over(graph: &mut Graph, layer: &Layer, through: &[NodeId], idle: &BTreeM
 
 fn replace(graph: &mut Graph, layer: &Layer, weight: Weight, bias: &[f64]) -> Option<()> {
     let bias = if bias == layer.bias { None } else { Some(layer.fit_bias(graph, bias)?) };
-    let name = |value: Outlet, what: &str| format!("{}.{what}", graph.name(value));
+    let name = |value: Outlet, what: &str| graph.name_after(value, what);
     let names = (name(layer.weight, DeadChannels::NAME), name(layer.node.out(), "bias"));
     let weight = graph.add_const(weight, &names.0);
     graph.exchange_operand(layer.node, 1, Some(weight));

@@ -99,7 +99,7 @@ fn fold_together(graph: &mut Graph) -> usize {
         let stays = graph.is_output(constant.out()) || graph.is_pinned(constant.out());
         let folds_away = !stays && graph.uses(constant.out()).iter().all(|(reader, _)| values.contains_key(reader));
         if let Some(tied) = tied.get_mut(&ties.find(place[&constant])).filter(|_| folds_away) {
-            tied.freed += graph.constant(constant.out()).map_or(0, Tensor::byte_len);
+            tied.freed += graph.constant(constant.out()).map_or(0, Tensor::stored_len);
         }
     }
     let mut folded = 0;
@@ -132,7 +132,7 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     })?;
     // Freed: the node, and constants that nothing else reads.
     let freed = operands.iter().flatten().filter(|&&v| graph.sole_use(v).is_some()).filter_map(|&v| graph.constant(v));
-    let freed: usize = freed.map(Tensor::byte_len).sum::<usize>() + op.proto.encoded_len();
+    let freed: usize = freed.map(Tensor::stored_len).sum::<usize>() + op.proto.encoded_len();
     if value.byte_len() > freed {
         return None;
     }

@@ -28,11 +28,9 @@ impl Declare for FuseActivation {
 impl Pass for FuseActivation {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let rule = |graph: &mut Graph, shapes: &Shapes, node: NodeId| {
-            // A list of one number makes a list of one of a single number.
-            shapes.rank(node.out()).filter(|&rank| rank > 0)?;
             // What the first makes, the second may take up.
-            let (sigmoid, swish) = (hard_sigmoid(graph, node), hard_swish(graph, node));
-            sigmoid.or(swish).or_else(|| gelu(graph, node)).or_else(|| mish(graph, node))
+            let (sigmoid, swish) = (hard_sigmoid(graph, shapes, node), hard_swish(graph, node));
+            sigmoid.or(swish).or_else(|| gelu(graph, shapes, node)).or_else(|| mish(graph, node))
         };
         cx.add("activations fused", rewrite_shaped(graph, &rule));
         Ok(())
@@ -55,6 +53,11 @@ pub(super) fn number(graph: &Graph, value: Outlet) -> Option<f64> {
 fn with_number(graph: &Graph, node: NodeId) -> Option<(Outlet, f64)> {
     let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
     number(graph, b).map(|number| (a, number)).or_else(|| Some((b, number(graph, a)?)))
+}
+
+/// That `x` has axes: numbers that are lists of one make a list of a single number.
+fn is_list(shapes: &Shapes, x: Outlet) -> Option<()> {
+    (shapes.rank(x)? > 0).then_some(())
 }
 
 /// Clip(x + shift, 0, high), which only `reader` reads.
@@ -86,7 +89,7 @@ impl Clipped {
 }
 
 /// Rewrites the division or product at `node` that ends a hard sigmoid.
-fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
+fn hard_sigmoid(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let op = graph.op(node)?.standard().filter(|_| graph.opset() >= 7)?;
     let (x, number) = with_number(graph, node)?;
     let scale = match op {
@@ -98,6 +101,7 @@ fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
     if (clipped.high * scale - 1.0).abs() > CLOSE || graph.is_pinned(node.out()) {
         return None;
     }
+    is_list(shapes, clipped.x)?;
     let sigmoid = Op::new("HardSigmoid").with_float("alpha", scale as f32);
     let sigmoid = sigmoid.with_float("beta", (clipped.shift * scale) as f32);
     let name = graph.op(node)?.name().to_owned();
@@ -107,13 +111,13 @@ fn hard_sigmoid(graph: &mut Graph, node: NodeId) -> Option<()> {
         let named = format!("{}.gate", graph.name(node.out()));
         let gate = if name.is_empty() { sigmoid } else { sigmoid.named(&format!("{name}.gate")) };
         let gate = graph.add_op(gate, &[Some(clipped.x)], &[&named], node).out();
-        graph.edit_op(node, |op| *op = Op::new("Mul").named(&name));
+        graph.edit_op(node, |op| *op = Op::new("Mul").in_place_of(op));
         graph.set_operand(node, 0, Some(factor));
         graph.set_operand(node, 1, Some(gate));
     } else {
         graph.set_operand(node, 1, None);
         graph.set_operand(node, 0, Some(clipped.x));
-        graph.edit_op(node, |op| *op = sigmoid.named(&name));
+        graph.edit_op(node, |op| *op = sigmoid.in_place_of(op));
     }
     graph.sweep(x.node);
     graph.sweep(number.node);
@@ -141,10 +145,9 @@ fn hard_swish(graph: &mut Graph, node: NodeId) -> Option<()> {
         (usual && graph.operand(gate.node, 0) == Some(x) && graph.sole_use(gate).is_some()).then_some((x, gate))
     };
     let (x, gate) = gates(b, a).or_else(|| gates(a, b)).filter(|_| !graph.is_pinned(node.out()))?;
-    let name = graph.op(node)?.name().to_owned();
     graph.set_operand(node, 1, None);
     graph.set_operand(node, 0, Some(x));
-    graph.edit_op(node, |op| *op = Op::new("HardSwish").named(&name));
+    graph.edit_op(node, |op| *op = Op::new("HardSwish").in_place_of(op));
     graph.sweep(gate.node);
     Some(())
 }
@@ -175,7 +178,7 @@ fn is_near(value: f64, wanted: f64) -> bool {
 }
 
 /// Rewrites the last product of a Gaussian error linear unit, at `node`.
-fn gelu(graph: &mut Graph, node: NodeId) -> Option<()> {
+fn gelu(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     graph.op(node)?.standard().filter(|op| matches!(*op, "Mul" | "Div") && graph.opset() >= 20)?;
     let (leaves, half) = factors(graph, node.out());
     let [a, b] = leaves[..] else { return None };
@@ -184,7 +187,8 @@ fn gelu(graph: &mut Graph, node: NodeId) -> Option<()> {
     if !is_near(half, 0.5) || graph.is_pinned(node.out()) {
         return None;
     }
-    let mut op = Op::new("Gelu").named(graph.op(node)?.name());
+    is_list(shapes, x)?;
+    let mut op = Op::new("Gelu").in_place_of(graph.op(node)?);
     if approximates {
         op = op.with_string("approximate", "tanh");
     }
@@ -234,7 +238,7 @@ fn mish(graph: &mut Graph, node: NodeId) -> Option<()> {
         graph.op_of(inner.node, "Softplus").filter(|_| alone && graph.operand(inner.node, 0) == Some(x)).map(|_| x)
     };
     let x = gates(b, a).or_else(|| gates(a, b))?;
-    let op = Op::new("Mish").named(graph.op(node)?.name());
+    let op = Op::new("Mish").in_place_of(graph.op(node)?);
     graph.replace_op(node, op, &[x]);
     Some(())
 }

@@ -61,6 +61,8 @@ struct Affine {
     trailing: usize,
     /// The rank of the constant.
     rank: usize,
+    /// How many elements it has.
+    width: usize,
 }
 
 impl Affine {
@@ -87,7 +89,7 @@ impl Affine {
             ("Sub", false) => (Some(vec![-1.0]), each(|v| v)),
             _ => return None,
         };
-        Some(Self { x, scale, shift, trailing, rank: constant.dims().len() })
+        Some(Self { x, scale, shift, trailing, rank: constant.dims().len(), width: values.len() })
     }
 
     /// Scale and shift of each of `channels` that `layer` makes or reads; `None` where the constant does not fit them or may
@@ -124,7 +126,7 @@ fn write(
         return None;
     }
     let bias = layer.fit_bias(graph, bias)?;
-    let name = |graph: &Graph, value: Outlet, what: &str| format!("{}.{what}", graph.name(value));
+    let name = |graph: &Graph, value: Outlet, what: &str| graph.name_after(value, what);
     if let Some(weight) = weight {
         let name = name(graph, layer.weight, FuseAffine::NAME);
         let new = graph.add_const(weight, &name);
@@ -173,6 +175,11 @@ fn before(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let affine = Affine::of(graph, node)?;
     if affine.rank > 0 && shapes.rank(affine.x)? < affine.rank {
         return None;
+    }
+    if affine.width > 1 {
+        let dims = shapes.dims(affine.x)?;
+        let channels = dims[dims.len().checked_sub(1 + affine.trailing)?]?.extent()?;
+        (channels == affine.width).then_some(())?;
     }
     let (reader, 0) = graph.sole_use(node.out()).filter(|_| !graph.is_pinned(node.out()))? else { return None };
     let layer = Layer::of(graph, reader)?;
@@ -232,16 +239,30 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     if merged.value().len() > a.len().max(b.len()) || !merged.value().is_finite() {
         return None;
     }
+    keeps_range(&merged.value().f64s()?, &a.f64s()?, &b.f64s()?, outer.is_sum).then_some(())?;
     let kept = op(inner.is_inverse && outer.is_inverse);
-    let name = format!("{}.{}", graph.name(outer.constant), FuseAffine::NAME);
+    let name = graph.name_after(outer.constant, FuseAffine::NAME);
     let constant = graph.add_const(merged, &name);
-    let node_name = graph.op(node)?.name().to_owned();
-    graph.edit_op(node, |op| *op = Op::new(kept).named(&node_name));
+    graph.edit_op(node, |op| *op = Op::new(kept).in_place_of(op));
     graph.set_operand(node, 0, Some(inner.x));
     graph.set_operand(node, 1, Some(constant));
     graph.sweep(inner.node);
     graph.sweep(outer.constant.node);
     Some(())
+}
+
+/// Whether one constant does what two do one after the other: what is added is no more than some bits larger than what is
+/// left of it, or it was added to round; and no factor is smaller than any number, but for zeros.
+fn keeps_range(merged: &[f64], a: &[f64], b: &[f64], is_sum: bool) -> bool {
+    const BITS: f64 = 256.0;
+    let largest = |values: &[f64]| values.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
+    if is_sum {
+        let (before, after) = (largest(a).max(largest(b)), largest(merged));
+        return after * BITS >= before || merged.iter().all(|&v| v == 0.0) && before < BITS;
+    }
+    let has_zero = |values: &[f64]| values.contains(&0.0);
+    let is_normal = |&v: &f64| v.abs() >= f64::from(f32::MIN_POSITIVE);
+    merged.iter().all(|v| is_normal(v) || *v == 0.0 && (has_zero(a) || has_zero(b)))
 }
 
 /// x + c, x − c, x · c or x ÷ c.

@@ -40,6 +40,8 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let source = graph.operand(middle.node, 0)?;
     match (first, second) {
         ("Neg", "Neg") | ("Not", "Not") => graph.bypass(node, source),
+        // The least integer has no absolute value.
+        ("Abs", "Relu" | "Abs") if !shapes.fact(source)?.dtype.is_some_and(is_float) => None,
         (first, "Relu" | "Abs") if never_negative(first) => graph.bypass(node, middle),
         (first, "Floor" | "Ceil" | "Round") if WHOLE.contains(&first) => graph.bypass(node, middle),
         ("Sign", "Sign") => graph.bypass(node, middle),
@@ -118,9 +120,8 @@ fn clip(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source
     }
     graph.sole_use(middle).filter(|_| !graph.is_pinned(middle))?;
     let (least, most) = (low.clamp(after_low, after_high), high.clamp(after_low, after_high));
-    let name = graph.op(node)?.name().to_owned();
     let dtype = shapes.fact(source)?.dtype.filter(|&dtype| is_float(dtype))?;
-    let mut merged = Op::new("Clip").named(&name);
+    let mut merged = Op::new("Clip").in_place_of(graph.op(node)?);
     let given = [("min", least), ("max", most)].map(|(what, bound)| (what, bound.is_finite().then_some(bound)));
     for (slot, (what, bound)) in (1..).zip(given) {
         let mut new = None;

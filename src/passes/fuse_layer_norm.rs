@@ -112,9 +112,8 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         (Some(sum), Some((_, bias))) => (sum, Some(bias)),
         _ => (node, None),
     };
-    let name = graph.op(last)?.name().to_owned();
     let op = Op::new("LayerNormalization").with_int("axis", first as i64 - rank as i64);
-    let op = op.with_float("epsilon", epsilon as f32).named(&name);
+    let op = op.with_float("epsilon", epsilon as f32).in_place_of(graph.op(last)?);
     let operands: Vec<_> = [x, scale].into_iter().chain(bias).collect();
     graph.replace_op(last, op, &operands);
     Some(())

@@ -45,7 +45,7 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     }
     let name = [graph.op(node)?.name(), multiply.name()].into_iter().find(|name| !name.is_empty()).unwrap_or_default();
     let name = name.to_owned();
-    graph.edit_op(node, |op| *op = Op::new("Gemm").named(&name));
+    graph.edit_op(node, |op| *op = Op::new("Gemm").in_place_of(op).named(&name));
     for (slot, operand) in (0..).zip([a, b, bias]) {
         graph.set_operand(node, slot, Some(operand));
     }

@@ -160,11 +160,10 @@ fn pick(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     if axes(graph, shapes, chain.second)? != [at] || !chain.alone {
         return None;
     }
-    let name = graph.op(chain.second)?.name().to_owned();
     let list_name = format!("{}.{}", graph.name(index), FuseMovement::NAME);
     let list = graph.add_const(list, &list_name);
     graph.exchange_operand(chain.second, 1, Some(list));
-    graph.edit_op(chain.second, |op| *op = Op::new("Gather").with_int("axis", at as i64).named(&name));
+    graph.edit_op(chain.second, |op| *op = Op::new("Gather").with_int("axis", at as i64).in_place_of(op));
     chain.skip(graph);
     Some(())
 }

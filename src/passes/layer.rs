@@ -1,6 +1,8 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use crate::ir::{Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
+use std::collections::BTreeMap;
+
+use crate::ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
 
 /// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
 pub(super) struct Layer {
@@ -38,6 +40,9 @@ impl Layer {
             "MatMul" if dims.len() == 2 => ((1, 0), 1, 0),
             _ => return None,
         };
+        if !dims.first()?.is_multiple_of(groups) {
+            return None;
+        }
         // The first axis of a weight runs over all groups, the second over one.
         let count = |axis: usize| Some(dims.get(axis)? * if axis == 1 { groups } else { 1 });
         let channels = (count(axes.0)?, count(axes.1)?);
@@ -62,19 +67,20 @@ impl Layer {
     }
 
     /// The weight with each element multiplied by `factor` of its output channel and input channel; `None` where that is
-    /// not finite.
+    /// beyond what the type holds.
     pub(super) fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {
         let weight = graph.weight(self.weight)?;
         let mut values = weight.value().f64s()?;
         for (value, (output, input)) in values.iter_mut().zip(self.channels_of(weight.value())) {
             *value *= factor(output, input);
         }
-        weight.fit(weight.value().dims(), &values).filter(|weight| weight.value().is_finite())
+        let outputs: Vec<_> = self.channels_of(weight.value()).map(|(output, _)| output).collect();
+        fitted(weight, weight.value().dims(), &values, |i| outputs[i])
     }
 
-    /// A bias of these values, stored as the weight is; `None` where they are not finite.
+    /// A bias of these values, stored as the weight is; `None` where they are beyond what the type holds.
     pub(super) fn fit_bias(&self, graph: &Graph, bias: &[f64]) -> Option<Weight> {
-        graph.weight(self.weight)?.fit(&[self.channels.0], bias).filter(|weight| weight.value().is_finite())
+        fitted(graph.weight(self.weight)?, &[self.channels.0], bias, |_| 0)
     }
 
     /// The output and input channel of each element of the weight.
@@ -90,6 +96,30 @@ impl Layer {
             })
         })
     }
+}
+
+/// `values` stored as `template` is; `None` where they are beyond what the type holds: not finite, or so small that the
+/// values of a channel, which `channel_of` gives for each place, lose more than rounding takes of plain numbers.
+pub(super) fn fitted(
+    template: &Weight,
+    dims: &[usize],
+    values: &[f64],
+    channel_of: impl Fn(usize) -> usize,
+) -> Option<Weight> {
+    let fitted = template.fit(dims, values).filter(|weight| weight.value().is_finite())?;
+    let unit = match fitted.value().dtype() {
+        DType::Float16 => 1.0 / 2048.0,
+        DType::Bfloat16 => 1.0 / 256.0,
+        DType::Float => f64::from(f32::EPSILON),
+        _ => f64::EPSILON,
+    };
+    let mut sums: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
+    for (i, (stored, value)) in fitted.value().f64s()?.into_iter().zip(values).enumerate() {
+        let (lost, whole) = sums.entry(channel_of(i)).or_default();
+        *lost += ((stored - value) / unit).powi(2);
+        *whole += value * value;
+    }
+    sums.values().all(|(lost, whole)| *lost <= *whole).then_some(fitted)
 }
 
 /// Whether a convolution pads its operand.

@@ -12,7 +12,7 @@ use self::{
 use crate::{
     analysis::shapes::Shapes,
     ir::{Graph, Inlet, NodeId, Op, Outlet},
-    pass::{Context, Declare, Fidelity, Pass, everywhere_shaped},
+    pass::{Context, Declare, Fidelity, Infer, Pass, everywhere_inferring},
 };
 
 /// Compute what does not care for the order of axes in the order that takes the fewest `Transpose`s.
@@ -34,7 +34,8 @@ impl Declare for Layout {
 
 impl Pass for Layout {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        cx.add("operators turned", everywhere_shaped(graph, &|graph, shapes| improve(graph, shapes)));
+        let declared = |graph: &Graph| Shapes::infer(graph, &BTreeMap::new());
+        cx.add("operators turned", everywhere_inferring(graph, &declared, &improve));
         Ok(())
     }
 }
@@ -58,8 +59,17 @@ fn inverse(perm: &[usize]) -> Vec<usize> {
     inverse
 }
 
+/// Orders that are tried on one graph in a run of the pass.
+const MAX_STEPS: usize = 64;
+
 /// Turns operators until no order leaves fewer `Transpose`s; says how many were turned.
-fn improve(graph: &mut Graph, shapes: &Shapes) -> usize {
+fn improve(graph: &mut Graph, infer: &Infer<'_>) -> usize {
+    let step = |_| Some(turn_some(graph, &infer(graph))).filter(|&turned| turned > 0);
+    (0..MAX_STEPS).map_while(step).sum()
+}
+
+/// Turns operators by the first order that leaves fewer `Transpose`s; says how many.
+fn turn_some(graph: &mut Graph, shapes: &Shapes) -> usize {
     let perms: BTreeSet<_> = graph.ops().into_iter().filter_map(|id| permutation(graph, id)).collect();
     for perm in perms {
         let perm = &perm;
@@ -74,7 +84,7 @@ fn improve(graph: &mut Graph, shapes: &Shapes) -> usize {
         // A `Transpose` of what is turned itself may cost one more than the cut knows of.
         if transposes(&next) < transposes(graph) {
             *graph = next;
-            // What is turned is known by other shapes: the next round of passes goes on.
+            // What is turned is known by other shapes.
             return turned;
         }
     }
@@ -124,14 +134,14 @@ impl<'a> Turner<'a> {
         operands.resize(operands.len().max(turn.given.keys().map(|&slot| slot as usize + 1).max().unwrap_or(0)), None);
         for (slot, operand) in (0..).zip(&mut operands) {
             if let Some(given) = turn.given.get(&slot) {
-                let name = format!("{}.layout", operand.map_or(self.graph.name(id.out()), |old| self.graph.name(old)));
+                let name = self.graph.name_after(operand.unwrap_or(id.out()), Layout::NAME);
                 *operand = Some(self.graph.add_const(given.clone(), &name));
             } else if let Some(value) = operand.filter(|_| turn.turned.contains(&slot)) {
                 *operand = Some(self.in_other_order(value, id));
             }
         }
         let outputs: Vec<_> = (0..self.graph.output_count(id)).map(|slot| id.at(slot)).collect();
-        let names: Vec<_> = outputs.iter().map(|&value| format!("{}.layout", self.graph.name(value))).collect();
+        let names: Vec<_> = outputs.iter().map(|&value| self.graph.name_after(value, Layout::NAME)).collect();
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         let new = self.graph.add_op(turn.op.named(""), &operands, &names, id);
         self.turned.extend(outputs.into_iter().map(|value| (value, new.at(value.slot))));
@@ -147,7 +157,7 @@ impl<'a> Turner<'a> {
         let made = if permutation(self.graph, value.node).as_deref() == Some(self.perm) {
             self.graph.operand(value.node, 0)
         } else if let Some(weight) = self.graph.weight(value).and_then(|weight| weight.permute(&back)) {
-            let name = format!("{}.layout", self.graph.name(value));
+            let name = self.graph.name_after(value, Layout::NAME);
             Some(self.graph.add_const(weight, &name))
         } else {
             turned_back(self.graph, value, &back)
@@ -159,7 +169,7 @@ impl<'a> Turner<'a> {
 
     fn transpose(&mut self, value: Outlet, perm: &[usize], near: NodeId) -> Outlet {
         let perm: Vec<_> = perm.iter().map(|&axis| axis as i64).collect();
-        let name = format!("{}.transposed", self.graph.name(value));
+        let name = self.graph.name_after(value, "transposed");
         self.graph.add_op(Op::new("Transpose").with_ints("perm", &perm), &[Some(value)], &[&name], near).out()
     }
 
@@ -183,7 +193,7 @@ impl<'a> Turner<'a> {
             } else if let Some(absorbed) = absorbs(self.graph, reader, self.perm) {
                 self.graph.set_operand(reader, 0, Some(turned));
                 for (slot, given) in absorbed.given {
-                    let name = format!("{}.layout", self.graph.name(reader.out()));
+                    let name = self.graph.name_after(reader.out(), Layout::NAME);
                     let given = self.graph.add_const(given, &name);
                     self.graph.exchange_operand(reader, slot, Some(given));
                 }

@@ -2,7 +2,7 @@
 
 use nalgebra::{DMatrix, DVector};
 
-use super::layer::{Layer, pads};
+use super::layer::{Layer, fitted, pads};
 use crate::{
     ir::{Graph, NodeId, Op, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite},
@@ -48,7 +48,7 @@ fn flatten(layer: &Layer, kernels: &[DMatrix<f64>], dims: &[usize], template: &W
     let outer = Tensor::i64(dims, &vec![0; dims.iter().product()]);
     let entry = |(i, (output, input)): (usize, (usize, usize))| kernels[i % kernels.len()][(output, input)];
     let values: Vec<f64> = layer.channels_of(&outer).enumerate().map(entry).collect();
-    template.fit(dims, &values).filter(|weight| weight.value().is_finite())
+    fitted(template, dims, &values, |i| i / (values.len() / dims[0].max(1)).max(1))
 }
 
 /// Whether the convolution at `node` looks at each pixel where it is, alone.
@@ -108,7 +108,9 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     });
     let bias = through.as_slice();
     let weight = flatten(&both, &merged, &dims, graph.weight(both.weight)?)?;
-    let bias = if bias.iter().any(|&b| b != 0.0) { Some(both.fit_bias(graph, bias)?) } else { None };
+    // Before opset 11, a Gemm has a bias in any case.
+    let is_needed = bias.iter().any(|&b| b != 0.0) || kinds.1 == "Gemm" && graph.opset() < 11;
+    let bias = if is_needed { Some(both.fit_bias(graph, bias)?) } else { None };
     replace(graph, (&first, &both), kept, weight, bias)
 }
 
@@ -133,8 +135,7 @@ fn replace(
     let name = |what: &str| format!("{}.{what}", graph.name(node.out()));
     let (weight_name, bias_name) = (name("weight"), name("bias"));
     let source = graph.operand(first.node, 0)?;
-    let own = graph.op(node)?.name().to_owned();
-    let op = graph.op(kept)?.clone().named(&own).without("beta");
+    let op = graph.op(kept)?.clone().in_place_of(graph.op(node)?).without("beta");
     let weight = graph.add_const(weight, &weight_name);
     let bias = bias.map(|bias| graph.add_const(bias, &bias_name));
     graph.exchange_operand(node, 1, Some(weight));

@@ -26,7 +26,7 @@ use crate::{
         moments,
         shapes::Shapes,
     },
-    ir::{Graph, Tensor, tensor::is_float},
+    ir::{Body, Graph, Tensor, tensor::is_float},
     pass::{Context, Declare, Fidelity, Pass, open_to_loss},
 };
 
@@ -87,8 +87,8 @@ impl Declare for Prune {
 
 impl Pass for Prune {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let shapes = cx.shapes(graph);
-        self.prune(graph, &shapes, cx, true);
+        let shapes = (cx.shapes(graph), cx.telling_shapes(graph));
+        self.prune(graph, (&shapes.0, &shapes.1), cx, true);
         Ok(())
     }
 
@@ -238,9 +238,9 @@ fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc
 
 impl Prune {
     /// Prunes `graph`, then the bodies in it: the values that they share are pinned on both sides. What is known of samples
-    /// is known of the outermost graph.
-    fn prune(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) {
-        let channels = Channels::of(graph, shapes);
+    /// is known of the outermost graph. Costs are those at the first shapes, channels are followed at the other.
+    fn prune(&self, graph: &mut Graph, (shapes, telling): (&Shapes, &Shapes), cx: &mut Context, outermost: bool) {
+        let channels = Channels::of(graph, telling);
         let mut groups = groups(graph, &channels, cx);
         let mut doomed = BTreeMap::new();
         let curves: Vec<_> = groups.iter().map(|group| self.curve(graph, &channels, group, cx, outermost)).collect();
@@ -275,10 +275,11 @@ impl Prune {
         }
         for id in open_to_loss(graph, self.is_fixed(), cx) {
             let inside: Vec<_> = graph.op(id).map_or_else(Vec::new, |op| {
-                op.bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect()
+                let inside = |shapes: &Shapes, body: &Body| shapes.inside(graph, id, &body.graph);
+                op.bodies.iter().map(|body| (inside(shapes, body), inside(telling, body))).collect()
             });
-            for (body, shapes) in graph.bodies_mut(id).iter_mut().zip(&inside) {
-                self.prune(&mut body.graph, shapes, cx, false);
+            for (body, (shapes, telling)) in graph.bodies_mut(id).iter_mut().zip(&inside) {
+                self.prune(&mut body.graph, (shapes, telling), cx, false);
             }
         }
     }

@@ -56,7 +56,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         }
     }
     for (value, weight) in selected {
-        let name = format!("{}.{pass}", graph.name(value));
+        let name = graph.name_after(value, pass);
         let new = graph.add_const(weight, &name);
         graph.replace_uses(value, new);
         graph.sweep(value.node);
@@ -124,7 +124,7 @@ fn set_ints(graph: &mut Graph, node: NodeId, slot: u32, entries: &[i64], pass: &
     }
     let dims = if constant.dims().is_empty() { vec![] } else { vec![entries.len()] };
     let new = Weight::dense(Tensor::integers(constant.dtype(), &dims, entries)?);
-    let name = format!("{}.{pass}", graph.name(old));
+    let name = graph.name_after(old, pass);
     let new = graph.add_const(new, &name);
     graph.exchange_operand(node, slot, Some(new));
     Some(())
