@@ -8,7 +8,7 @@ use nalgebra::DMatrix;
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 
-pub use self::solve::{Cholesky, add_cross, add_gram, energy, product};
+pub use self::solve::{Cholesky, add_cross, add_gram, energy, product, subtract_product};
 
 /// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).
 const OVERSAMPLING: usize = 10;

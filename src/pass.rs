@@ -3,6 +3,7 @@
 use std::{any::Any, collections::BTreeMap, fmt, sync::Arc};
 
 use globset::GlobSet;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::{
@@ -263,6 +264,20 @@ impl Context {
         let found = Arc::new(find());
         self.memo.insert(key, Arc::<T>::clone(&found));
         found
+    }
+
+    /// As [`remember`](Self::remember), for each of several `questions`, which are answered side by side.
+    pub(crate) fn remember_all<Q: Sync, T: Any + Send + Sync>(
+        &mut self,
+        questions: &[Q],
+        key: impl Fn(&Q) -> u64 + Sync,
+        find: impl Fn(&Q) -> T + Sync,
+    ) -> Vec<Arc<T>> {
+        let keys: Vec<_> = questions.par_iter().map(&key).collect();
+        let open: Vec<_> = questions.iter().zip(&keys).filter(|(_, key)| !self.memo.contains_key(key)).collect();
+        let found: Vec<_> = open.par_iter().map(|(question, key)| (**key, Arc::new(find(question)))).collect();
+        self.memo.extend(found.into_iter().map(|(key, found)| (key, found as Arc<dyn Any + Send + Sync>)));
+        questions.iter().zip(keys).map(|(question, key)| self.remember(key, || find(question))).collect()
     }
 
     /// Notes which channels are left, by value and axis, of those that there were.

@@ -4,7 +4,10 @@
 mod bias;
 mod walk;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
@@ -47,6 +50,81 @@ struct Target {
     rows: Vec<DMatrix<f32>>,
 }
 
+/// The rows that the original computes for a target.
+#[derive(Debug)]
+struct Wanted {
+    /// The axis of the value along which channels stand.
+    axis: usize,
+    /// All channels at the positions that are looked at, for each sample.
+    rows: Vec<DMatrix<f32>>,
+}
+
+/// What the original computes for each target, by the names of its result and its value. It is the same for every model that
+/// is refitted on the same samples.
+#[derive(Debug, Default)]
+pub struct Originals(Mutex<BTreeMap<(String, String), Arc<Wanted>>>);
+
+/// Elements of rows that are kept for the next refit: 512 MB.
+const MAX_KEPT: usize = 1 << 27;
+
+impl Originals {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<(String, String), Arc<Wanted>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The rows for each of `targets`, channels that are gone included.
+    fn rows(
+        &self,
+        engine: &Engine,
+        original: &Model,
+        model: &Model,
+        targets: &[Target],
+        samples: (&[Vec<Value>], &[u64]),
+    ) -> Result<Vec<Arc<Wanted>>, Cannot> {
+        let name = |value: Outlet| model.graph.name(value).to_owned();
+        let keys: Vec<_> = targets.iter().map(|target| (name(target.result), name(target.value))).collect();
+        let mut found: BTreeMap<_, _> = self.known().clone();
+        let open: Vec<_> = targets.iter().zip(&keys).filter(|(_, key)| !found.contains_key(*key)).collect();
+        if let (Some(first), false) = (samples.0.first(), open.is_empty()) {
+            let known = original.graph.values();
+            let wanted: Vec<Outlet> = open.iter().map(|(_, (_, value))| known[value.as_str()]).collect();
+            let mut unique = wanted.clone();
+            unique.sort_unstable();
+            unique.dedup();
+            let probe = engine.probe(original, &unique, first)?;
+            let cut = |(sample, key): (&Vec<Value>, &u64)| {
+                let values = probe.run(sample)?;
+                let rows = |((target, (result, _)), value): (&(&Target, &(String, String)), &Outlet)| {
+                    let value = &values[unique.binary_search(value).unwrap_or_default()];
+                    let at = moments::positions(target.linear.positions_of(value), result, *key);
+                    (target.linear.channel_axis(value), target.linear.results(value, &at).map(|v| v as f32))
+                };
+                Ok(open.iter().zip(&wanted).map(rows).collect::<Vec<_>>())
+            };
+            let cut: Vec<Vec<_>> = samples.0.par_iter().zip(samples.1).map(cut).collect::<Result<_, Cannot>>()?;
+            let mut wanted: Vec<_> =
+                open.iter().map(|_| Wanted { axis: 0, rows: Vec::with_capacity(cut.len()) }).collect();
+            for sample in cut {
+                for (wanted, (axis, rows)) in wanted.iter_mut().zip(sample) {
+                    wanted.axis = axis;
+                    wanted.rows.push(rows);
+                }
+            }
+            let size = |wanted: &Wanted| wanted.rows.iter().map(DMatrix::len).sum::<usize>();
+            let mut kept: usize = found.values().map(|wanted| size(wanted)).sum();
+            for ((_, key), rows) in open.into_iter().zip(wanted) {
+                kept += size(&rows);
+                let rows = Arc::new(rows);
+                if kept <= MAX_KEPT {
+                    self.known().insert(key.clone(), Arc::clone(&rows));
+                }
+                found.insert(key.clone(), rows);
+            }
+        }
+        Ok(keys.iter().filter_map(|key| found.get(key).cloned()).collect())
+    }
+}
+
 /// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`; says how
 /// many layers were fitted.
 ///
@@ -54,7 +132,7 @@ struct Target {
 ///
 /// When the engine can't run one of them, or a part of it.
 pub fn refit(
-    engine: &Engine,
+    (engine, originals): (&Engine, &Originals),
     original: &Model,
     model: &mut Model,
     kept: &Kept,
@@ -62,34 +140,18 @@ pub fn refit(
     progress: &mut dyn FnMut(&str),
 ) -> Result<usize, Cannot> {
     let mut targets = targets(original, model, kept);
-    let Some(first) = samples.first().filter(|_| !targets.is_empty()) else { return Ok(0) };
+    if samples.is_empty() || targets.is_empty() {
+        return Ok(0);
+    }
     progress("running the original for the refit");
     let keys: Vec<u64> = samples.iter().map(|sample| moments::hash(sample)).collect();
-    let known = original.graph.values();
-    let wanted: Vec<Outlet> = targets.iter().map(|target| known[model.graph.name(target.value)]).collect();
-    let mut unique = wanted.clone();
-    unique.sort_unstable();
-    unique.dedup();
-    let probe = engine.probe(original, &unique, first)?;
-    let cut = |(sample, key): (&Vec<Value>, &u64)| {
-        let values = probe.run(sample)?;
-        let rows = |(target, value): (&Target, &Outlet)| {
-            let value = &values[unique.binary_search(value).unwrap_or_default()];
-            let at = moments::positions(target.linear.positions_of(value), model.graph.name(target.result), *key);
-            let rows = target.linear.results(value, &at);
-            let name = model.graph.name(target.value);
-            let axis = target.linear.channel_axis(value);
-            let rows = match kept.get(name).and_then(|axes| axes.get(&axis)) {
-                Some(kept) => rows.select_rows(kept),
-                None => rows,
-            };
-            rows.map(|v| v as f32)
+    let rows = originals.rows(engine, original, model, &targets, (samples, &keys))?;
+    for (target, wanted) in targets.iter_mut().zip(rows) {
+        let left = kept.get(model.graph.name(target.value)).and_then(|axes| axes.get(&wanted.axis));
+        target.rows = match left {
+            Some(left) => wanted.rows.iter().map(|rows| rows.select_rows(left)).collect(),
+            None => wanted.rows.clone(),
         };
-        Ok(targets.iter().zip(&wanted).map(rows).collect::<Vec<_>>())
-    };
-    let rows: Vec<Vec<DMatrix<f32>>> = samples.par_iter().zip(&keys).map(cut).collect::<Result<_, Cannot>>()?;
-    for sample in rows {
-        targets.iter_mut().zip(sample).for_each(|(target, rows)| target.rows.push(rows));
     }
     let (mut walk, mut fitted) = (Walk::new(engine, &model.graph, samples), 0);
     let count = targets.len();
@@ -219,34 +281,44 @@ fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Opt
     let old = linear.matrices(&graph.constant(linear.weight)?.f64s()?);
     bias.values(graph, linear)?;
     let rows = Rows::cut(graph, target, walk, keys)?;
-    let (mut values, mut matrices) = (Vec::new(), Vec::new());
-    for (group, (x, old)) in rows.x.iter().zip(&old).enumerate() {
+    let of_group = |(group, (x, old)): (usize, (&DMatrix<f64>, &DMatrix<f64>))| {
         let own = |all: &DMatrix<f64>| all.rows(group * linear.rows, linear.rows).into_owned();
-        let wanted = own(&rows.y);
         let partner = rows.partner.as_ref().map(own);
-        let of_layer = |sum: &DMatrix<f64>| partner.as_ref().map_or_else(|| sum.clone(), |partner| sum - partner);
-        let system = System::new(x, old)?;
-        let (mut matrix, mut bias) = system.solve(x, &of_layer(&wanted), old);
-        if let Some(limit) = target.rectified {
-            for _ in 0..ROUNDS {
-                let mut made = product(&matrix, x);
-                made.column_iter_mut().for_each(|mut column| column += &bias);
-                if let Some(partner) = &partner {
-                    made += partner;
-                }
-                let eased = wanted.zip_map(&made, |wanted, made| eased(wanted, made, limit));
-                (matrix, bias) = system.solve(x, &of_layer(&eased), old);
-            }
-        }
-        values.extend(bias.iter().copied());
-        matrices.push(matrix);
-    }
+        fit_group(x, old, &own(&rows.y), partner.as_ref(), target.rectified)
+    };
+    let fitted: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
+    let (matrices, biases): (Vec<_>, Vec<_>) = fitted.into_iter().unzip();
+    let values: Vec<f64> = biases.iter().flat_map(|bias| bias.iter().copied()).collect();
     let norm = |matrices: &[DMatrix<f64>]| matrices.iter().map(DMatrix::norm_squared).sum::<f64>().sqrt();
     if norm(&matrices) > MAX_GROWTH * norm(&old) || !values.iter().all(|v| v.is_finite()) {
         return None;
     }
     set_matrices(graph, linear, &matrices, NAME)?;
     bias.set(graph, linear, &values, NAME)
+}
+
+/// The matrix and bias of one group that make what is wanted of x (d×n), less what `partner` adds to it, before a rectifier
+/// that cuts off at 0 and above `rectified`.
+fn fit_group(
+    x: &DMatrix<f64>,
+    old: &DMatrix<f64>,
+    wanted: &DMatrix<f64>,
+    partner: Option<&DMatrix<f64>>,
+    rectified: Option<f64>,
+) -> Option<(DMatrix<f64>, DVector<f64>)> {
+    let of_layer = |sum: &DMatrix<f64>| partner.map_or_else(|| sum.clone(), |partner| sum - partner);
+    let system = System::new(x, old)?;
+    let (mut matrix, mut bias) = system.solve(x, &of_layer(wanted), old);
+    for limit in std::iter::repeat_n(rectified, ROUNDS).flatten() {
+        let mut made = product(&matrix, x);
+        made.column_iter_mut().for_each(|mut column| column += &bias);
+        if let Some(partner) = partner {
+            made += partner;
+        }
+        let eased = wanted.zip_map(&made, |wanted, made| eased(wanted, made, limit));
+        (matrix, bias) = system.solve(x, &of_layer(&eased), old);
+    }
+    Some((matrix, bias))
 }
 
 /// What a layer before a rectifier that is flat below 0 and above `limit` should make where `wanted` is wanted and `made` is

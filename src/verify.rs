@@ -8,6 +8,8 @@ mod regions;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use rayon::prelude::*;
+
 use self::error::Pooled;
 pub use self::{
     certificate::{CONFIDENCE, Certificate, upper_bound},
@@ -23,6 +25,9 @@ use crate::{
 
 /// What exact and rounding passes may change: the relative difference of each output and sample.
 pub const ROUNDING_BUDGET: f64 = 1e-4;
+
+/// Samples that are run before any is looked at.
+const CHUNK: usize = 8;
 
 /// How two models differ on some samples.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -58,13 +63,18 @@ impl<'a> Runners<'a> {
         Self { engine, model, ready: Vec::new() }
     }
 
-    fn run(&mut self, sample: &[Value]) -> Result<Vec<Value>, Cannot> {
-        let shapes = || sample.iter().map(|value| value.dims.clone());
-        let known = self.ready.iter().position(|(ready, _)| ready.iter().cloned().eq(shapes()));
-        if known.is_none() {
-            self.ready.push((shapes().collect(), self.engine.prepare(self.model, sample)?));
+    /// The outputs for each of `samples`, which are run side by side.
+    fn run(&mut self, samples: &[Vec<Value>]) -> Result<Vec<Vec<Value>>, Cannot> {
+        let mut places = Vec::new();
+        for sample in samples {
+            let shapes = || sample.iter().map(|value| value.dims.clone());
+            let known = self.ready.iter().position(|(ready, _)| ready.iter().cloned().eq(shapes()));
+            if known.is_none() {
+                self.ready.push((shapes().collect(), self.engine.prepare(self.model, sample)?));
+            }
+            places.push(known.unwrap_or(self.ready.len() - 1));
         }
-        self.ready[known.unwrap_or(self.ready.len() - 1)].1.run(sample)
+        samples.par_iter().zip(places).map(|(sample, place)| self.ready[place].1.run(sample)).collect()
     }
 }
 
@@ -131,7 +141,7 @@ impl Reference {
             return Err(Cannot::NoSamples);
         }
         let mut runners = Runners::new(engine, model);
-        let outputs = inputs.iter().map(|sample| runners.run(sample)).collect::<Result<Vec<_>, _>>()?;
+        let outputs = runners.run(&inputs)?;
         let (fed, names) = (input_names(model), output_names(model));
         // Each output compared with itself.
         let mut pools: Vec<_> = names.iter().map(|_| Pooled::default()).collect();
@@ -213,14 +223,15 @@ impl Reference {
         };
         let mut runners = Runners::new(&self.engine, &model);
         let mut samples = 0;
-        for (sample, wanted) in inputs.iter().zip(&self.outputs) {
-            let found = runners.run(sample)?;
-            for ((pool, wanted), &place) in pools.iter_mut().zip(wanted).zip(&places) {
-                pool.add(wanted, &found[place]);
-            }
-            samples += 1;
-            if pools.iter().zip(&self.scales).any(|(pool, &scale)| pool.exceeds(limit, scale)) {
-                break;
+        'all: for (inputs, outputs) in inputs.chunks(CHUNK).zip(self.outputs.chunks(CHUNK)) {
+            for (wanted, found) in outputs.iter().zip(runners.run(inputs)?) {
+                for ((pool, wanted), &place) in pools.iter_mut().zip(wanted).zip(&places) {
+                    pool.add(wanted, &found[place]);
+                }
+                samples += 1;
+                if pools.iter().zip(&self.scales).any(|(pool, &scale)| pool.exceeds(limit, scale)) {
+                    break 'all;
+                }
             }
         }
         let mut difference = Difference { samples, ..Difference::default() };

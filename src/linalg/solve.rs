@@ -18,20 +18,29 @@ use super::{owned, view};
 /// A ridge is raised tenfold until the system can be solved, up to this share of the mean of the diagonal.
 const MAX_RIDGE: f64 = 1.0;
 
-fn view_mut(matrix: &mut DMatrix<f64>) -> MatMut<'_, f64> {
-    let (rows, columns) = matrix.shape();
-    MatMut::from_column_major_slice_mut(matrix.as_mut_slice(), rows, columns)
-}
-
 /// A·B.
 #[must_use]
 pub fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
     let mut result = DMatrix::zeros(a.nrows(), b.ncols());
-    matmul(view_mut(&mut result), Accum::Replace, view(a), view(b), 1.0, Par::Seq);
+    add_product(&mut result, a, b, 1.0);
     result
 }
 
-/// Columns of a sum of products that one task computes: the same blocks, whatever the number of threads.
+/// Subtracts A·B from `from`.
+pub fn subtract_product(from: &mut DMatrix<f64>, a: &DMatrix<f64>, b: &DMatrix<f64>) {
+    add_product(from, a, b, -1.0);
+}
+
+fn add_product(sum: &mut DMatrix<f64>, a: &DMatrix<f64>, b: &DMatrix<f64>, factor: f64) {
+    let rows = sum.nrows();
+    sum.as_mut_slice().par_chunks_mut((rows * BLOCK).max(1)).enumerate().for_each(|(i, block)| {
+        let width = block.len() / rows;
+        let block = MatMut::from_column_major_slice_mut(block, rows, width);
+        matmul(block, Accum::Add, view(a), view(b).subcols(i * BLOCK, width), factor, Par::Seq);
+    });
+}
+
+/// Columns of a product that one task computes: the same blocks, whatever the number of threads.
 const BLOCK: usize = 128;
 
 /// Adds X·Xᵀ to the lower triangle of `sum` (d×d), for X (d×n) of the columns `vectors`.
@@ -51,7 +60,12 @@ pub fn add_gram(sum: &mut DMatrix<f64>, vectors: &DMatrix<f64>) {
 
 /// Adds Y·Xᵀ to `sum` (o×d), for Y (o×n) and X (d×n).
 pub fn add_cross(sum: &mut DMatrix<f64>, y: &DMatrix<f64>, x: &DMatrix<f64>) {
-    matmul(view_mut(sum), Accum::Add, view(y), view(x).transpose(), 1.0, Par::Seq);
+    let rows = sum.nrows();
+    sum.as_mut_slice().par_chunks_mut((rows * BLOCK).max(1)).enumerate().for_each(|(i, block)| {
+        let width = block.len() / rows;
+        let block = MatMut::from_column_major_slice_mut(block, rows, width);
+        matmul(block, Accum::Add, view(y), view(x).subrows(i * BLOCK, width).transpose(), 1.0, Par::Seq);
+    });
 }
 
 /// tr(W·C·Wᵀ) for W (o×d) and a symmetric C (d×d): the energy of what the rows of W make of vectors of covariance C.
@@ -91,8 +105,17 @@ impl Cholesky {
     /// X with X·(C + λI) = B, for B (o×d).
     #[must_use]
     pub fn solve_right(&self, b: &DMatrix<f64>) -> DMatrix<f64> {
-        let solved = self.0.solve(view(b).transpose());
-        owned(solved.transpose())
+        let blocks: Vec<_> = (0..b.nrows()).step_by(BLOCK).collect();
+        let solve = |&first: &usize| {
+            let rows = view(b).subrows(first, BLOCK.min(b.nrows() - first));
+            owned(self.0.solve(rows.transpose()).transpose())
+        };
+        let solved: Vec<DMatrix<f64>> = blocks.par_iter().map(solve).collect();
+        let mut whole = DMatrix::zeros(b.nrows(), b.ncols());
+        for (first, part) in blocks.into_iter().zip(&solved) {
+            whole.rows_mut(first, part.nrows()).copy_from(part);
+        }
+        whole
     }
 
     /// L with L·Lᵀ = C + λI.

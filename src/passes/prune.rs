@@ -10,7 +10,6 @@ use std::{
     sync::Arc,
 };
 
-use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
 
 use self::{
@@ -210,6 +209,7 @@ const PROBED: f64 = 0.03;
 /// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself.
 fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc<Curve>], cx: &mut Context) {
     let Some(yardstick) = cx.yardstick.clone() else { return };
+    let moments = Arc::clone(&cx.moments);
     let key = |curve: &Arc<Curve>| {
         let mut hasher = Xxh3::new();
         curve.order.iter().for_each(|&unit| hasher.update(&unit.to_le_bytes()));
@@ -220,19 +220,16 @@ fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc
         let gone = curve.errors.iter().position(|&error| error >= PROBED).unwrap_or(curve.errors.len().checked_sub(1)?);
         let doomed: BTreeSet<_> = curve.order[..=gone].iter().map(|&unit| group.units[unit]).collect();
         let mut trial = graph.clone();
-        let compensation = Compensation::of(graph, channels, &doomed, &cx.moments, false);
+        let compensation = Compensation::of(graph, channels, &doomed, &moments, false);
         remove(&mut trial, channels, &doomed, Prune::NAME);
         compensation.apply(&mut trial, Prune::NAME);
         let error = yardstick.error(&trial)?;
         (curve.errors[gone] > 0.0 && error.is_finite()).then(|| error * error / curve.errors[gone])
     };
-    let unknown: Vec<_> = groups.iter().zip(curves).filter(|(_, curve)| !cx.memo.contains_key(&key(curve))).collect();
-    let found: Vec<_> = unknown.par_iter().map(|(group, curve)| (key(curve), one((group, curve)))).collect();
-    for (key, sensitivity) in found {
-        cx.remember(key, || sensitivity);
-    }
-    for (group, curve) in groups.iter_mut().zip(curves) {
-        group.sensitivity = cx.remember(key(curve), || None::<f64>).unwrap_or(1.0);
+    let both: Vec<_> = groups.iter().zip(curves).collect();
+    let found = cx.remember_all(&both, |(_, curve)| key(curve), |&(group, curve)| one((group, curve)));
+    for (group, sensitivity) in groups.iter_mut().zip(found) {
+        group.sensitivity = sensitivity.unwrap_or(1.0);
     }
 }
 
@@ -243,7 +240,7 @@ impl Prune {
         let channels = Channels::of(graph, telling);
         let mut groups = groups(graph, &channels, cx);
         let mut doomed = BTreeMap::new();
-        let curves: Vec<_> = groups.iter().map(|group| self.curve(graph, &channels, group, cx, outermost)).collect();
+        let curves = self.curves(graph, &channels, &groups, cx, outermost);
         if outermost && self.ratio.is_none() {
             probe(graph, &channels, &mut groups, &curves, cx);
         }
@@ -288,20 +285,21 @@ impl Prune {
         self.compensate.unwrap_or(if cx.moments.is_empty() { Compensate::None } else { Compensate::Refit })
     }
 
-    /// The order in which the units of `group` go, and the error that this makes.
-    fn curve(
+    /// The order in which the units of each group go, and the error that this makes.
+    fn curves(
         &self,
         graph: &Graph,
         channels: &Channels,
-        group: &Group,
+        groups: &[Group],
         cx: &mut Context,
         outermost: bool,
-    ) -> Arc<Curve> {
+    ) -> Vec<Arc<Curve>> {
         let none = moments::Table::new();
         let (table, others) = (Arc::clone(&cx.moments), Arc::clone(&cx.held_out));
         let (table, others) = if outermost { (&*table, &*others) } else { (&none, &none) };
         let score = self.score.unwrap_or(if table.is_empty() { Score::L2 } else { Score::Obs });
-        cx.remember(score.key(graph, channels, group, table), || score.curve(graph, channels, group, (table, others)))
+        let key = |group: &Group| score.key(graph, channels, group, table);
+        cx.remember_all(groups, key, |group| score.curve(graph, channels, group, (table, others)))
     }
 
     /// How many units of each group go.

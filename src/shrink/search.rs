@@ -25,6 +25,10 @@ const MAX_STEPS: usize = 24;
 const SPAN: f64 = 1e8;
 /// How often a price is raised at which a pass that is measured alone does nothing.
 const RAISES: usize = 4;
+/// Refits that do not help one after the other, after which no more are tried: that is what few samples lead to.
+const MAX_REFUSED: usize = 2;
+/// Only of a model whose error is at most so many times what is aimed at does a refit tell of others.
+const WITHIN_REACH: f64 = 4.0;
 /// How often the passes are measured alone: at the first guess, and at the price that this led to.
 const CALIBRATIONS: usize = 2;
 
@@ -39,6 +43,10 @@ pub(super) struct Search<'a> {
     /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
     seen: BTreeMap<u64, Difference>,
     tried: usize,
+    /// The error that is aimed at.
+    aim: f64,
+    /// Refits in a row that did not help, of models that were not far beyond that.
+    refused: usize,
     /// The items that, each alone, lead to a refit.
     refitted: BTreeSet<usize>,
     /// The bytes of the start, and of the smallest model inside the budget.
@@ -107,7 +115,8 @@ impl<'a> Search<'a> {
     pub(super) fn new(stage: &'a Stage<'a>, cx: &'a mut Context, reference: &'a Reference) -> Self {
         let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
         let bytes = Cost::bytes(&stage.start.0);
-        Self { stage, cx, reference, factors, seen, tried: 0, refitted: BTreeSet::new(), bytes, smallest: None }
+        let refitted = BTreeSet::new();
+        Self { stage, cx, reference, factors, seen, tried: 0, aim: 0.0, refused: 0, refitted, bytes, smallest: None }
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
@@ -117,6 +126,7 @@ impl<'a> Search<'a> {
         (aim, budget): (f64, f64),
         progress: Progress<'_>,
     ) -> Result<Option<Trial>, ShrinkError> {
+        self.aim = aim;
         let mut best = Best { allowed, limit: budget, trial: None };
         // The whole budget for the whole file: the right order of magnitude.
         let mut price = budget * budget / self.bytes.max(1) as f64;
@@ -244,7 +254,13 @@ impl<'a> Search<'a> {
         let share = |bytes: usize| format!(", {:.1} % of the bytes so far", bytes as f64 / self.bytes as f64 * 100.0);
         progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
         let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
-        let result = self.stage.run(self.cx, &own, Some(self.reference), progress)?;
+        let judge = Some(self.reference).filter(|_| self.refused < MAX_REFUSED);
+        let result = self.stage.run(self.cx, &own, judge, progress)?;
+        match &result.difference {
+            _ if result.refitted => self.refused = 0,
+            Some(plain) if plain.error <= self.aim * WITHIN_REACH => self.refused += 1,
+            _ => {}
+        }
         let free = |i: &usize| self.stage.items[*i].is_free() && !left_out.contains(i);
         let mut alone = (0..self.stage.items.len()).filter(free);
         if let (true, Some(i), None) = (result.refitted, alone.next(), alone.next()) {
@@ -252,7 +268,10 @@ impl<'a> Search<'a> {
         }
         // The search for a price learns from the error above the limit too, and measuring is little beside a refit.
         let limit = if result.refitted { f64::INFINITY } else { limit };
-        let difference = self.difference(&result.model, limit)?;
+        let difference = match result.difference {
+            Some(difference) => difference,
+            None => self.difference(&result.model, limit)?,
+        };
         let bytes = Cost::bytes(&result.model);
         Ok(Trial { model: result.model, outcomes: result.outcomes, difference, bytes, prices: prices.to_vec() })
     }

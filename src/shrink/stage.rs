@@ -1,6 +1,11 @@
 //! What lossy passes start from, and how they are run: the passes, then the refit, then the clean-up after them.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Job, ShrinkError};
 use crate::{
@@ -8,8 +13,8 @@ use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price, Yardstick},
     pipeline::{self, Item, Outcome},
-    refit::{Kept, refit},
-    verify::{Engine, Reference, Samples, Split, Value},
+    refit::{Kept, Originals, refit},
+    verify::{Difference, Engine, Reference, Samples, Split, Value},
 };
 
 /// Samples on which the sensitivity of the model to each layer is measured.
@@ -22,13 +27,19 @@ pub(super) struct Stage<'a> {
     /// The items from the first lossy one on.
     pub(super) items: &'a [Item],
     engine: &'a Engine,
-    /// Samples for fitting.
+    /// Samples for fitting, and what the original computes on them.
     fit: Vec<Vec<Value>>,
+    originals: Originals,
+    /// What came of each refit, by the hash of the model before: different prices often lead to one model.
+    refits: Mutex<BTreeMap<u64, Refit>>,
     /// Where nothing is searched for: samples for choosing between ways to fit, and then for fitting too.
     choose: Vec<Vec<Value>>,
     /// What the original computes on those, to say whether a refit helps.
     pub(super) judge: Option<Reference>,
 }
+
+/// The model after a refit, whether it was one, and what the judge says of it.
+type Refit = (Model, bool, Option<Difference>);
 
 /// What came of running a stage.
 pub(super) struct Result {
@@ -36,6 +47,8 @@ pub(super) struct Result {
     pub(super) outcomes: Vec<Outcome>,
     /// Whether layers were fitted to the original.
     pub(super) refitted: bool,
+    /// How the model differs from what the judge knows, but for the rounding of what cleaned up after it was judged.
+    pub(super) difference: Option<Difference>,
 }
 
 impl<'a> Stage<'a> {
@@ -80,7 +93,16 @@ impl<'a> Stage<'a> {
         let choose = if has_free && job.target.is_none() { Vec::new() } else { others };
         let judge =
             if choose.is_empty() { None } else { Some(Reference::before_squashing(engine, original, choose.clone())?) };
-        Ok(Self { start: (model, outcomes), items, engine, fit, choose, judge })
+        Ok(Self {
+            start: (model, outcomes),
+            items,
+            engine,
+            fit,
+            originals: Originals::default(),
+            refits: Mutex::default(),
+            choose,
+            judge,
+        })
     }
 
     /// Runs each item that `price` has a price for; refits if a pass asks for it, `judge` is there and says that it helps.
@@ -95,39 +117,45 @@ impl<'a> Stage<'a> {
         cx.kept.clear();
         cx.refit = false;
         let last = self.items.iter().rposition(|item| item.fidelity() == Fidelity::Lossy);
-        let mut refitted = false;
+        let (mut refitted, mut judged) = (false, None);
         for (i, item) in self.items.iter().enumerate() {
             if let Some(price) = price(i) {
                 outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, cx, price)?);
             }
             if let (true, true, Some(judge)) = (Some(i) == last, cx.refit && !self.fit.is_empty(), judge) {
-                refitted = self.refit(&mut model, &cx.kept, judge, progress)?;
+                let key = xxh3_64(&model.encode());
+                let known = self.refits.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+                let refit = match known {
+                    Some(known) => known,
+                    None => self.refit(model, &cx.kept, judge, progress)?,
+                };
+                self.refits.lock().unwrap_or_else(PoisonError::into_inner).insert(key, refit.clone());
+                (model, refitted, judged) = refit;
             }
         }
-        Ok(Result { model, outcomes, refitted })
+        Ok(Result { model, outcomes, refitted, difference: judged })
     }
 
-    /// Refits `model` where `judge` finds it closer to the original then; says whether it did. What minimizes the error of
+    /// Refits `model` where `judge` finds it closer to the original then. What minimizes the error of
     /// each layer need not do so for the model (algorithms.md §16), so both are measured.
     fn refit(
         &self,
-        model: &mut Model,
+        model: Model,
         kept: &Kept,
         judge: &Reference,
         progress: &mut dyn FnMut(&str),
-    ) -> std::result::Result<bool, ShrinkError> {
+    ) -> std::result::Result<Refit, ShrinkError> {
         let mut fitted = model.clone();
-        refit(self.engine, &self.start.0, &mut fitted, kept, &self.fit, progress)?;
-        let (plain, better) = (judge.compare(model)?.error, judge.compare(&fitted)?.error);
-        if better.is_nan() || better > plain {
-            return Ok(false);
+        refit((self.engine, &self.originals), &self.start.0, &mut fitted, kept, &self.fit, progress)?;
+        let (plain, better) = (judge.compare(&model)?, judge.compare(&fitted)?);
+        if better.error.is_nan() || better.error > plain.error {
+            return Ok((model, false, Some(plain)));
         }
         if !self.choose.is_empty() {
             let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
-            fitted = model.clone();
-            refit(self.engine, &self.start.0, &mut fitted, kept, &all, progress)?;
+            fitted = model;
+            refit((self.engine, &Originals::default()), &self.start.0, &mut fitted, kept, &all, progress)?;
         }
-        *model = fitted;
-        Ok(true)
+        Ok((fitted, true, Some(better).filter(|_| self.choose.is_empty())))
     }
 }

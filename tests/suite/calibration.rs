@@ -7,7 +7,7 @@ use onnx_shrink::{
     ir::{Graph, Tensor, Weight},
     pass::{Context, Price},
     pipeline,
-    refit::{Kept, refit},
+    refit::{Kept, Originals, refit},
     shrink::{Job, shrink},
     text,
     verify::{Engine, Reference, Request, Samples, Split, Value},
@@ -219,7 +219,9 @@ fn a_refit_brings_a_net_closer_to_the_original() {
         let (fit, last) = (samples.part(Split::Fit), samples.part(Split::Last));
         let (mut after, cx) = prune(&model, &format!(":ratio={ratio}"), &fit);
         let before = error(&model, &after, &last);
-        let fitted = refit(&Engine::default(), &model, &mut after, &cx.kept, &fit, &mut |_| {}).unwrap();
+        let fitted =
+            refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, &fit, &mut |_| {})
+                .unwrap();
         assert!(fitted > 0);
         let refitted = error(&model, &after, &last);
         assert!(refitted < before, "{name}: {before} {refitted}");
@@ -231,7 +233,15 @@ fn a_refit_of_what_did_not_change_does_nothing() {
     let model = redundant();
     let mut same = model.clone();
     assert_eq!(
-        refit(&Engine::default(), &model, &mut same, &Kept::new(), &samples(8, &[1, 6]), &mut |_| {}).unwrap(),
+        refit(
+            (&Engine::default(), &Originals::default()),
+            &model,
+            &mut same,
+            &Kept::new(),
+            &samples(8, &[1, 6]),
+            &mut |_| {}
+        )
+        .unwrap(),
         0
     );
     assert_eq!(same.graph.edits(), model.graph.edits());
@@ -249,6 +259,10 @@ fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
     let samples = samples(48, &[1, 3, 6, 6]);
     let (mut after, cx) = prune(&model, ":ratio=0.5", &samples);
     let before = error(&model, &after, &samples);
-    assert!(refit(&Engine::default(), &model, &mut after, &cx.kept, &samples, &mut |_| {}).unwrap() > 0);
+    assert!(
+        refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, &samples, &mut |_| {})
+            .unwrap()
+            > 0
+    );
     assert!(error(&model, &after, &samples) <= before * 1.01);
 }

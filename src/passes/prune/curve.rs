@@ -2,10 +2,10 @@
 
 use nalgebra::{DMatrix, DVector};
 
-use crate::linalg::{Cholesky, energy};
+use crate::linalg::{Cholesky, energy, product, subtract_product};
 
-/// Channels that are removed between two looks at what each would cost, as a share of those that are left: a small one, since
-/// every removal changes the cost of the others.
+/// Channels that are removed between two looks at what each would cost are this share of those that are left: a small one,
+/// since every removal changes the cost of the others.
 const ROUND: usize = 64;
 
 /// The order in which the units of a layer go, and the error when they are gone.
@@ -68,20 +68,25 @@ impl Reader {
         Self { share, ..self }
     }
 
-    /// The inverse's block of `unit`, inverted, and W's columns of it.
-    fn block(&self, unit: usize) -> Option<(DMatrix<f64>, DMatrix<f64>)> {
-        let columns = &self.columns[unit];
+    /// The inverse's block of `columns`, inverted, and W's columns of it.
+    fn block(&self, columns: &[usize]) -> Option<(DMatrix<f64>, DMatrix<f64>)> {
         let block = DMatrix::from_fn(columns.len(), columns.len(), |i, j| self.inverse[(columns[i], columns[j])]);
         Some((block.cholesky()?.inverse(), self.weight.select_columns(columns)))
     }
 
-    /// What removing `unit` adds to the error, the others making up for it: `tr(W_J·(H⁻¹_JJ)⁻¹·W_Jᵀ)` (Hassibi & Stork 1993, by
+    /// What removing `units` adds to the error, the others making up for it: `tr(W_J·(H⁻¹_JJ)⁻¹·W_Jᵀ)` (Hassibi & Stork 1993, by
     /// blocks as in Kurtic 2023), as a share of the energy.
-    fn cost(&self, unit: usize) -> f64 {
-        if self.columns[unit].is_empty() {
+    fn cost(&self, units: &[usize]) -> f64 {
+        let columns = self.columns_of(units);
+        if columns.is_empty() {
             return 0.0;
         }
-        self.block(unit).map_or(f64::INFINITY, |(block, own)| (&own * block).dot(&own) / self.energy * self.share)
+        let cost = |(block, own): (DMatrix<f64>, DMatrix<f64>)| (&own * block).dot(&own) / self.energy * self.share;
+        self.block(&columns).map_or(f64::INFINITY, cost)
+    }
+
+    fn columns_of(&self, units: &[usize]) -> Vec<usize> {
+        units.iter().flat_map(|&unit| &self.columns[unit]).copied().collect()
     }
 
     /// The error so far on samples that the fit has not seen: few samples make a fit look better than it is.
@@ -91,17 +96,17 @@ impl Reader {
         (whole > 0.0).then(|| energy(&(&self.weight - &self.original), check) / whole * self.share)
     }
 
-    /// Removes `unit`: `W ← W − W_J·(H⁻¹_JJ)⁻¹·H⁻¹_J`, and `H⁻¹ ← H⁻¹ − H⁻¹_J·(H⁻¹_JJ)⁻¹·H⁻¹_Jᵀ`.
-    fn remove(&mut self, unit: usize) {
-        let columns = self.columns[unit].clone();
+    /// Removes `units`: `W ← W − W_J·(H⁻¹_JJ)⁻¹·H⁻¹_J`, and `H⁻¹ ← H⁻¹ − H⁻¹_J·(H⁻¹_JJ)⁻¹·H⁻¹_Jᵀ`.
+    fn remove(&mut self, units: &[usize]) {
+        let columns = self.columns_of(units);
         if columns.is_empty() {
             return;
         }
-        let Some((block, own)) = self.block(unit) else { return };
+        let Some((block, own)) = self.block(&columns) else { return };
         let across = self.inverse.select_columns(&columns);
-        let turned = &block * across.transpose();
-        self.weight.gemm(-1.0, &own, &turned, 1.0);
-        self.inverse.gemm(-1.0, &across, &turned, 1.0);
+        let turned = product(&block, &across.transpose());
+        subtract_product(&mut self.weight, &own, &turned);
+        subtract_product(&mut self.inverse, &across, &turned);
         for &j in &columns {
             self.weight.column_mut(j).fill(0.0);
             self.inverse.column_mut(j).fill(0.0);
@@ -119,10 +124,9 @@ impl Curve {
         while left.len() > 1 {
             let mut costs: Vec<_> = left.iter().map(|&unit| (walk.cost(unit), unit)).collect();
             costs.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-            for &(_, unit) in costs.iter().take((left.len() / ROUND).max(1).min(left.len() - 1)) {
-                left.retain(|&other| other != unit);
-                walk.remove(unit);
-            }
+            let next: Vec<_> = costs.into_iter().take(round(left.len())).collect();
+            left.retain(|unit| next.iter().all(|(_, gone)| gone != unit));
+            walk.remove(&next);
         }
         walk.finish()
     }
@@ -130,8 +134,12 @@ impl Curve {
     /// The units in the order of their scores, the smallest first; each reader makes up for what went before.
     pub(super) fn scored(readers: Vec<Reader>, scores: &[f64]) -> Self {
         let mut walk = Walk::new(readers, scores.len());
-        for unit in ascending(scores) {
-            walk.remove(unit);
+        let (mut order, mut left) = (&ascending(scores)[..], scores.len());
+        while !order.is_empty() {
+            let (next, rest) = order.split_at(round(left).min(order.len()));
+            let next: Vec<_> = next.iter().map(|&unit| (walk.cost(unit), unit)).collect();
+            walk.remove(&next);
+            (order, left) = (rest, left - next.len());
         }
         walk.finish()
     }
@@ -167,18 +175,27 @@ impl Walk {
     }
 
     fn cost(&self, unit: usize) -> f64 {
-        self.readers.iter().map(|reader| reader.cost(unit)).sum()
+        self.readers.iter().map(|reader| reader.cost(&[unit])).sum()
     }
 
-    fn remove(&mut self, unit: usize) {
+    /// Removes some units, given with what each alone would cost; what they cost together is split in that proportion.
+    fn remove(&mut self, next: &[(f64, usize)]) {
         let before = self.curve.errors.last().copied().unwrap_or(0.0);
-        self.curve.errors.push(before + self.cost(unit));
-        self.curve.order.push(unit);
+        let units: Vec<_> = next.iter().map(|&(_, unit)| unit).collect();
+        let (alone, together): (f64, f64) =
+            (next.iter().map(|(cost, _)| cost).sum(), self.readers.iter().map(|reader| reader.cost(&units)).sum());
+        let mut so_far = 0.0;
+        for &(cost, unit) in next {
+            so_far += cost;
+            let share = if alone > 0.0 && alone.is_finite() { so_far / alone } else { 1.0 };
+            self.curve.errors.push(before + share * together);
+            self.curve.order.push(unit);
+        }
         for reader in &mut self.readers {
-            reader.remove(unit);
+            reader.remove(&units);
         }
         let gone = self.curve.order.len();
-        if gone.is_multiple_of(self.every) {
+        if gone / self.every > (gone - next.len()) / self.every {
             let checked: f64 = self.readers.iter().map(|reader| reader.checked().unwrap_or(0.0)).sum();
             let predicted = self.curve.errors.last().copied().unwrap_or(0.0);
             self.checks.push((gone, (checked - predicted).max(0.0)));
@@ -197,6 +214,11 @@ impl Walk {
         }
         self.curve
     }
+}
+
+/// How many of `left` units go at once.
+fn round(left: usize) -> usize {
+    (left / ROUND).max(1).min(left - 1)
 }
 
 /// All units but the one of the largest score, by score.
@@ -243,7 +265,7 @@ mod tests {
     use rand_xoshiro::Xoshiro256PlusPlus;
 
     use super::*;
-    use crate::linalg::{normal, product};
+    use crate::linalg::normal;
 
     /// A weight, the covariance of what it reads, and the columns of each unit.
     type Case = (DMatrix<f64>, DMatrix<f64>, Vec<Vec<usize>>);
