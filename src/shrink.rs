@@ -20,7 +20,7 @@ use crate::{
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
         Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
-        compare_regions,
+        compare_regions, takes_batches,
     },
 };
 
@@ -137,6 +137,12 @@ pub enum ShrinkError {
          places; nothing was written"
     )]
     Incomparable,
+    /// The result is bound to one size of batch.
+    #[error(
+        "the result does not compute of several samples in one batch what it computes of each alone, which the input does; \
+         nothing was written"
+    )]
+    Batches,
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -209,6 +215,7 @@ impl ShrinkError {
                 | Self::Unrunnable(_)
                 | Self::Flat
                 | Self::Incomparable
+                | Self::Batches
                 | Self::Differs { .. }
                 | Self::Flips { .. }
         )
@@ -255,6 +262,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             ));
         }
     }
+    let inputs = samples.as_ref().filter(|samples| samples.unrunnable.is_none()).map(|s| s.part(Split::Last));
     let result = match samples {
         Some(samples) if lossy => Lossy::new(model, &base, job, &samples, &mut report, progress)?.run(&mut cx)?,
         samples => {
@@ -271,6 +279,13 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             result
         }
     };
+    if let (true, Some(inputs)) = (job.verify && result.graph.edits() != model.graph.edits(), inputs) {
+        let takes = |model: &Model| takes_batches(&job.request.engine, model, &inputs);
+        // What the original can't do is not asked of the result.
+        if matches!(takes(model), Ok(Some(true))) && !matches!(takes(&result), Ok(Some(true))) {
+            return Err(ShrinkError::Batches);
+        }
+    }
     report.moments = Arc::clone(&cx.moments);
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))

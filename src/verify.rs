@@ -18,8 +18,9 @@ pub use self::{
     regions::compare_regions,
 };
 use crate::{
+    analysis::shapes::Fact,
     codec::Model,
-    ir::{Graph, Op, Outlet},
+    ir::{Graph, Input, Op, Outlet},
     proto::ValueInfoProto,
 };
 
@@ -76,6 +77,42 @@ impl<'a> Runners<'a> {
         }
         samples.par_iter().zip(places).map(|(sample, place)| self.ready[place].1.run(sample)).collect()
     }
+}
+
+/// Samples that [`takes_batches`] puts together: more than any extent that passes assume for an open one.
+const BATCH: usize = 8;
+
+/// Whether `model` computes of several samples in one batch what it computes of each alone; `None` where its inputs do not say
+/// that they can be put together, or `samples` are not of one shape.
+///
+/// # Errors
+///
+/// When the engine can't run the model.
+pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> Result<Option<bool>, Cannot> {
+    const CLOSE: f64 = 1e-3;
+    let first = |input: &Input| Fact::declared(&input.info).extents().and_then(|dims| dims.first().copied());
+    let is_open = model.graph.fed_inputs().all(|input| first(input) == Some(None));
+    let batch: Vec<_> = samples.iter().cycle().take(BATCH).collect();
+    let Some(like) = batch.first().filter(|_| is_open) else { return Ok(None) };
+    let fits = |sample: &&&Vec<Value>| sample.iter().zip(*like).all(|(a, b)| a.dims == b.dims && !a.dims.is_empty());
+    if batch.iter().filter(fits).count() < BATCH {
+        return Ok(None);
+    }
+    let stacked = |(i, like): (usize, &Value)| Value {
+        dims: [&[BATCH * like.dims[0]], &like.dims[1..]].concat(),
+        values: batch.iter().flat_map(|sample| sample[i].values.iter().copied()).collect(),
+        is_float: like.is_float,
+    };
+    let mut runners = Runners::new(engine, model);
+    let together = runners.run(&[like.iter().enumerate().map(stacked).collect()])?;
+    let alone = runners.run(&samples[..BATCH.min(samples.len())])?;
+    let agrees = |(i, together): (usize, &Value)| {
+        let apart = || alone.iter().cycle().take(BATCH).flat_map(|sample| &sample[i].values);
+        let lost: f64 = together.values.iter().zip(apart()).map(|(together, apart)| (together - apart).powi(2)).sum();
+        let whole: f64 = apart().map(|apart| apart * apart).sum();
+        together.values.len() == apart().count() && lost <= CLOSE * CLOSE * whole
+    };
+    Ok(Some(together.iter().flatten().enumerate().all(agrees)))
 }
 
 /// The original model's outputs on some samples, kept to compare others with.

@@ -38,7 +38,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     }
     let places = |value: Outlet, axis: usize| kept(value, axis, channels.extent(value, axis).unwrap_or(0));
     for count in &channels.counts {
-        respell(graph, count, &places, pass);
+        respell(graph, count, &places, &|value, axis| channels.extent(value, axis), pass);
     }
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
     let mut left = Kept::new();
@@ -65,8 +65,15 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     left
 }
 
-/// Rewrites an attribute or constant that spells a count or places of channels; `kept` are the places along an axis that stay.
-fn respell(graph: &mut Graph, count: &Count, kept: &dyn Fn(Outlet, usize) -> Vec<usize>, pass: &str) -> Option<()> {
+/// Rewrites an attribute or constant that spells a count or places of channels; `kept` are the places along an axis that stay,
+/// of as many as `extent` says.
+fn respell(
+    graph: &mut Graph,
+    count: &Count,
+    kept: &dyn Fn(Outlet, usize) -> Vec<usize>,
+    extent: &dyn Fn(Outlet, usize) -> Option<usize>,
+    pass: &str,
+) -> Option<()> {
     let size = |value: Outlet, axis: usize| kept(value, axis).len() as i64;
     match *count {
         Count::Attribute(node, name, (value, axis)) => {
@@ -95,6 +102,10 @@ fn respell(graph: &mut Graph, count: &Count, kept: &dyn Fn(Outlet, usize) -> Vec
         }
         Count::Slice(node, entry, axis, ref range) => {
             let left = kept(graph.operand(node, 0)?, axis);
+            // An open extent is not the one at which channels were followed.
+            if Some(left.len()) == extent(graph.operand(node, 0)?, axis) {
+                return Some(());
+            }
             let before = |limit: usize| left.iter().filter(|&&place| place < limit).count() as i64;
             let bounds = [("starts", 1, before(range.start)), ("ends", 2, before(range.end))];
             for (name, slot, bound) in bounds {

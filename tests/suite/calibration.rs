@@ -10,7 +10,7 @@ use onnx_shrink::{
     refit::{Kept, Originals, refit},
     shrink::{Job, shrink},
     text,
-    verify::{Engine, Reference, Request, Samples, Split, Value},
+    verify::{Engine, Reference, Request, Samples, Split, Value, takes_batches},
 };
 use rand_xoshiro::{
     Xoshiro256PlusPlus,
@@ -265,4 +265,23 @@ fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
             > 0
     );
     assert!(error(&model, &after, &samples) <= before * 1.01);
+}
+
+#[test]
+fn a_model_that_is_bound_to_one_size_of_batch_is_told_from_others() {
+    let model = |body: &str| {
+        let text = format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,4] x) => (float[M,4] y)\n\
+             <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[2] row = {{1, 4}}>\n{{\n{body}\n}}\n"
+        );
+        text::parse(&text).unwrap()
+    };
+    let samples: Vec<_> = [1.0, 2.0]
+        .map(|first| vec![Value { dims: vec![1, 4], values: vec![first, 2.0, 3.0, 4.0], is_float: true }])
+        .to_vec();
+    let takes = |body: &str| takes_batches(&Engine::default(), &model(body), &samples);
+    assert_eq!(takes(" y = Relu (x)").unwrap(), Some(true));
+    assert_eq!(takes(" y = Slice (x, zero, one, zero)").unwrap(), Some(false));
+    assert_eq!(takes(" s = ReduceMean <axes = [0]> (x)\n y = Add (x, s)").unwrap(), Some(false));
+    assert!(takes(" y = Reshape (x, row)").is_err());
 }
