@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{self, IsTerminal, Read, Write},
     path::{Path, PathBuf},
@@ -300,7 +301,9 @@ fn table(report: &Report, verbose: bool) -> String {
             let _ = writeln!(text, "    {} declined; -v says why", outcome.declined.len());
         }
     }
-    let idle: Vec<_> = report.passes.iter().filter(is_idle).map(|outcome| outcome.pass.as_str()).collect();
+    let busy: BTreeSet<_> = report.passes.iter().filter(|o| !is_idle(o)).map(|outcome| outcome.pass.as_str()).collect();
+    let idle = report.passes.iter().filter(is_idle).map(|outcome| outcome.pass.as_str());
+    let idle: BTreeSet<_> = idle.filter(|pass| !busy.contains(pass)).collect();
     if !idle.is_empty() {
         let _ = writeln!(text, "nothing to do for {} more passes; -v names them", idle.len());
     }
@@ -311,7 +314,10 @@ fn table(report: &Report, verbose: bool) -> String {
         if let Some(budget) = report.budget {
             let _ = write!(text, ", budget {budget}");
         }
-        let _ = writeln!(text, "; top class changed on {:.1} %", difference.flips * 100.0);
+        if difference.classifies {
+            let _ = write!(text, "; top class changed on {:.1} %", difference.flips * 100.0);
+        }
+        text.push('\n');
         if let Some(Certificate { samples, changed, bound, confidence }) = &report.certificate {
             let (bound, confidence) = (bound * 100.0, confidence * 100.0);
             let _ = writeln!(

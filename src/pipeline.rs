@@ -265,8 +265,13 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let did: Vec<_> = self.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
-        let did = if did.is_empty() { "nothing to do".to_owned() } else { did.join(", ") };
-        write!(f, "{:<26} {:>+14}  {did}", self.pass, -self.bytes_removed)
+        let did = match (did.is_empty(), self.fidelity) {
+            (true, Fidelity::Lossy) => "nothing that is worth its error".to_owned(),
+            (true, _) => "nothing to do".to_owned(),
+            (false, _) => did.join(", "),
+        };
+        write!(f, "{:<26} {:>+14}  {did}", self.pass, -self.bytes_removed)?;
+        if self.predicted > 0.0 { write!(f, ", predicted error {:.2e}", self.predicted.sqrt()) } else { Ok(()) }
     }
 }
 

@@ -54,6 +54,7 @@ impl Cost {
         let mut text = String::new();
         let mut row = |what: &str, before: u64, after: u64| {
             let change = match before {
+                0 if after > 0 && what == "MACs" => "not known".to_owned(),
                 0 if after > 0 => "new".to_owned(),
                 0 => "+0.0 %".to_owned(),
                 _ => format!("{:+.1} %", (after as f64 / before as f64 - 1.0) * 100.0),

@@ -249,7 +249,7 @@ impl Metric {
         let transposed = layers.first()?.output_axis() == 1;
         let mut hasher = Xxh3::new();
         for linear in &layers {
-            hasher.update(linear.source(graph).as_bytes());
+            hasher.update(format!("{} {}", linear.columns, linear.source(graph)).as_bytes());
             Bias::of(graph, linear).values(graph, linear)?;
             if (linear.output_axis() == 1) != transposed {
                 return None;
