@@ -58,7 +58,7 @@ pub(super) struct Prune {
     #[arg(long, value_enum)]
     compensate: Option<Compensate>,
     /// The counts of channels that are left are multiples of this, or of the largest power of two that the counts before
-    /// and it have in common; 16 for convolutions where the error budget decides, else 1.
+    /// and it have in common; 16 for convolutions where the error budget decides, 4 where a target does, else 1.
     #[arg(long, value_parser = super::positive)]
     multiple: Option<usize>,
 }
@@ -75,6 +75,10 @@ enum Compensate {
     /// By those, and then by all layers after the first change, fitted to the original one after another.
     Refit,
 }
+
+/// What counts of channels are a multiple of where a target is to be met: a quarter of a block costs little accuracy, while odd
+/// counts make `fmnist_resnet14` at half of its multiply-adds no faster than it was (now 0.74 of the time).
+const SMALL_BLOCK: usize = 4;
 
 /// The channels that onnxruntime computes at a time on processors with AVX-512; it is half of that on others.
 const BLOCK: usize = 16;
@@ -338,7 +342,13 @@ impl Prune {
         let is_convolution = |side: &Side| graph.constant(side.weight).is_some_and(|weight| weight.dims().len() > 2);
         let wanted = match self.multiple {
             Some(multiple) => multiple,
-            None if self.ratio.is_none() && !cx.has_target && group.sides.iter().any(is_convolution) => BLOCK,
+            None if self.ratio.is_none() && group.sides.iter().any(is_convolution) => {
+                if cx.has_target {
+                    SMALL_BLOCK
+                } else {
+                    BLOCK
+                }
+            }
             None => 1,
         };
         let common = 1 << wanted.trailing_zeros().min(group.width.trailing_zeros());

@@ -9,7 +9,15 @@ use std::{
 
 use anyhow::{Context, ensure};
 use nalgebra::DMatrix;
-use onnx_shrink::linalg::Spectrum;
+use onnx_shrink::{
+    analysis::moments,
+    codec::Model,
+    linalg::Spectrum,
+    pass::{self, Price},
+    pipeline::{self, Item},
+    shrink::MAX_GRAM_DIM,
+    verify::{Engine, Request, Samples, Split},
+};
 
 /// How often each command is timed; the median counts.
 const RUNS: usize = 5;
@@ -19,6 +27,9 @@ const RUNS: usize = 5;
 pub(crate) struct Bench {
     /// Models to simplify without verification, each beside onnxslim.
     models: Vec<PathBuf>,
+    /// A model and its samples: the time of a whole `--passes svd,prune` with them, and of what the layers read.
+    #[arg(long, value_name = "MODEL=FILE.npz")]
+    calibrated: Vec<String>,
     /// A Python with onnxslim and numpy.
     #[arg(long, default_value = "python3")]
     python: PathBuf,
@@ -33,7 +44,43 @@ impl Bench {
         if !self.models.is_empty() {
             self.simplification(&program)?;
         }
+        if !self.calibrated.is_empty() {
+            self.calibration(&program)?;
+        }
         self.factorization()
+    }
+
+    fn calibration(&self, program: &Path) -> anyhow::Result<()> {
+        println!(
+            "\n| model | samples fitted | moments, s | whole run, s | anonymous memory, MB |\n|---|---|---|---|---|"
+        );
+        let out = std::env::temp_dir().join(format!("onnx-shrink-bench-{}.onnx", std::process::id()));
+        for pair in &self.calibrated {
+            let (path, data) = pair.split_once('=').context("--calibrated takes MODEL=FILE.npz")?;
+            let mut model = Model::open(Path::new(path))?;
+            let request = Request { data: Some(data.into()), ..Request::default() };
+            let samples = Samples::gather(&model, &request)?;
+            let mut cx = pass::Context::at(samples.bound.clone());
+            pipeline::run(&[Item::Simplify], &mut model, &mut cx, Price::default())?;
+            let fit = samples.part(Split::Fit);
+            let start = Instant::now();
+            moments::collect(&Engine::default(), &model, &fit, MAX_GRAM_DIM, &mut |_| {})?;
+            let learned = start.elapsed().as_secs_f64();
+            let mut command = Command::new(program);
+            let command = command.arg(path).arg(&out).args(["--passes", "svd,prune", "--data", data, "-q"]);
+            let (time, peak) = measure(command)?;
+            println!(
+                "| {} | {} | {learned:.1} | {:.0} | {:.0} |",
+                Path::new(path).file_stem().unwrap_or_default().to_string_lossy(),
+                fit.len(),
+                time.as_secs_f64(),
+                peak as f64 / 1e6
+            );
+        }
+        if out.exists() {
+            fs::remove_file(out)?;
+        }
+        Ok(())
     }
 
     fn simplification(&self, program: &Path) -> anyhow::Result<()> {

@@ -199,13 +199,11 @@ pub(super) fn allocate(
             pays.then_some(Offer { group: i, asked, saved: each * (left[i] - next) as f64 })
         };
         let offers: Vec<_> = (0..groups.len()).filter_map(offer).collect();
-        let by = |key: fn(&Offer) -> f64| {
-            move |a: &&Offer, b: &&Offer| key(a).total_cmp(&key(b)).then(a.group.cmp(&b.group))
-        };
-        let cheapest = offers.iter().filter(|offer| !filling || offer.saved <= spare).min_by(by(|offer| offer.asked));
-        // Where nothing fits any more, the least goes that reaches the end.
-        let smallest = offers.iter().filter(|_| filling && spare > 0.0).min_by(by(|offer| offer.saved));
-        let Some(offer) = cheapest.or(smallest) else { break };
+        // What is saved beyond the end is worth nothing.
+        let asked = |offer: &Offer| offer.asked * if filling { offer.saved / offer.saved.min(spare) } else { 1.0 };
+        let best = offers.iter().filter(|_| !filling || spare > 0.0);
+        let best = best.min_by(|a, b| asked(a).total_cmp(&asked(b)).then(a.group.cmp(&b.group)));
+        let Some(offer) = best else { break };
         if filling {
             spare -= offer.saved;
         }
