@@ -83,6 +83,10 @@ fn respell(
             }
         }
         Count::Entry { reader, slot, at, of: (value, axis) } => {
+            // An open extent is not the one at which channels were followed.
+            if Some(kept(value, axis).len()) == extent(value, axis) {
+                return Some(());
+            }
             let mut entries = graph.constant(graph.operand(reader, slot)?)?.i64s()?;
             entries[at] = size(value, axis);
             set_ints(graph, reader, slot, &entries, pass)?;
@@ -96,6 +100,9 @@ fn respell(
         }
         Count::Gather(node, axis, ref taken) => {
             let left = kept(graph.operand(node, 0)?, axis);
+            if Some(left.len()) == extent(graph.operand(node, 0)?, axis) {
+                return Some(());
+            }
             let place = |&at: &usize| left.iter().position(|&place| place == taken[at]).map(|i| i as i64);
             let taken: Vec<_> = kept(node.out(), axis).iter().map(place).collect::<Option<_>>()?;
             set_ints(graph, node, 1, &taken, pass)?;
