@@ -309,7 +309,8 @@ fn fit_group(
     let of_layer = |sum: &DMatrix<f64>| partner.map_or_else(|| sum.clone(), |partner| sum - partner);
     let system = System::new(x, old)?;
     let (mut matrix, mut bias) = system.solve(x, &of_layer(wanted), old);
-    for limit in std::iter::repeat_n(rectified, ROUNDS).flatten() {
+    let Some(limit) = rectified else { return Some((matrix, bias)) };
+    for _ in 0..ROUNDS {
         let mut made = product(&matrix, x);
         made.column_iter_mut().for_each(|mut column| column += &bias);
         if let Some(partner) = partner {

@@ -263,16 +263,15 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             ));
         }
     }
-    let inputs = samples.as_ref().filter(|samples| samples.unrunnable.is_none()).map(|s| s.part(Split::Last));
-    let result = match samples {
-        Some(samples) if lossy => Lossy::new(model, &base, job, &samples, &mut report, progress)?.run(&mut cx)?,
+    let result = match &samples {
+        Some(samples) if lossy => Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?,
         samples => {
             progress("running passes");
             let mut result = base;
             report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
-            if let Some(samples) = samples.filter(|_| result.graph.edits() != model.graph.edits()) {
+            if let Some(samples) = samples.as_ref().filter(|_| result.graph.edits() != model.graph.edits()) {
                 progress("verifying");
-                report.difference = Some(prove_same(model, &result, job, &samples)?);
+                report.difference = Some(prove_same(model, &result, job, samples)?);
                 if let Some(why) = &samples.unrunnable {
                     report.notes.push(format!("only what changed was verified, region by region, since {why}"));
                 }
@@ -280,7 +279,9 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             result
         }
     };
-    if let (true, Some(inputs)) = (job.verify && result.graph.edits() != model.graph.edits(), inputs) {
+    let runnable = samples.filter(|samples| samples.unrunnable.is_none());
+    if let (true, Some(samples)) = (job.verify && result.graph.edits() != model.graph.edits(), runnable) {
+        let inputs = samples.part(Split::Last);
         let takes = |model: &Model| takes_batches(&job.request.engine, model, &inputs);
         // What the original can't do is not asked of the result.
         if matches!(takes(model), Ok(Some(true))) && !matches!(takes(&result), Ok(Some(true))) {

@@ -10,7 +10,10 @@
 mod entries;
 mod rules;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use super::shapes::Shapes;
 use crate::ir::{Graph, Kind, NodeId, Outlet};
@@ -59,7 +62,20 @@ pub enum Count {
     /// The constant indices that a `Gather` takes along an axis.
     Gather(NodeId, usize, Vec<usize>),
     /// The entry for an axis among the bounds of a `Slice`: entry, axis, and what is taken.
-    Slice(NodeId, usize, usize, std::ops::Range<usize>),
+    Slice(NodeId, usize, usize, Range<usize>),
+}
+
+impl Count {
+    /// The axis whose channels it spells.
+    #[must_use]
+    pub fn axis(&self, graph: &Graph) -> Option<Axis> {
+        match *self {
+            Self::Attribute(_, _, of) | Self::Entry { of, .. } => Some(of),
+            Self::Split(node, axis) | Self::Gather(node, axis, _) | Self::Slice(node, _, axis, _) => {
+                Some((graph.operand(node, 0)?, axis))
+            }
+        }
+    }
 }
 
 /// An axis that is the product of others, the first of which varies slowest.
@@ -144,19 +160,24 @@ impl Channels {
     /// The classes of which any takes a unit along when it goes: its own, or one for each factor of a product.
     #[must_use]
     pub fn classes(&self, value: Outlet, axis: usize, index: usize) -> &[usize] {
-        let unit = self.axes.get(&(value, axis)).and_then(|&(first, extent)| (index < extent).then_some(first + index));
-        let Some(unit) = unit else { return &[] };
-        match self.drivers.get(&self.parent[unit]) {
-            Some(drivers) => drivers,
-            None => std::slice::from_ref(&self.parent[unit]),
-        }
+        self.units((value, axis)).nth(index).map_or(&[], |unit| self.drivers_of(unit))
+    }
+
+    /// The units of an axis; none if it is not known.
+    fn units(&self, axis: Axis) -> Range<usize> {
+        self.axes.get(&axis).map_or(0..0, |&(first, extent)| first..first + extent)
+    }
+
+    /// The classes with any of which a unit goes, once products are settled.
+    fn drivers_of(&self, unit: usize) -> &[usize] {
+        let class = &self.parent[unit];
+        self.drivers.get(class).map_or(std::slice::from_ref(class), Vec::as_slice)
     }
 
     /// Whether an index of an axis is one of several factors, and can't go by itself.
     #[must_use]
     pub fn is_product(&self, value: Outlet, axis: usize) -> bool {
-        let Some(&(first, extent)) = self.axes.get(&(value, axis)) else { return false };
-        (first..first + extent).any(|unit| self.drivers.contains_key(&self.parent[unit]))
+        self.units((value, axis)).any(|unit| self.drivers.contains_key(&self.parent[unit]))
     }
 
     /// The axes whose products others are.
@@ -182,9 +203,7 @@ impl Channels {
         // The smaller number is the root, so that classes do not depend on the order of unions.
         let (root, other) = (a.min(b), a.max(b));
         self.parent[other] = root;
-        if self.pin[root] == 0 {
-            self.pin[root] = self.pin[other];
-        }
+        self.pin_class(root, self.pin[other]);
     }
 
     /// As [`find`](Self::find), and shortens the way there for the next search.
@@ -241,18 +260,16 @@ impl Channels {
 
     /// For each index of a product, its unit and the units of its factors.
     fn digits(&self, product: &Product) -> Vec<(usize, Vec<usize>)> {
-        let (first, extent) = self.axes[&product.whole];
-        let digits = |index: usize| {
-            let mut rest = index;
-            let digits = product.factors.iter().rev().map(|factor| {
-                let (first, extent) = self.axes[factor];
-                let digit = first + rest % extent;
-                rest /= extent;
+        let digits = |(mut rest, whole): (usize, usize)| {
+            let digits = product.factors.iter().rev().map(|&factor| {
+                let units = self.units(factor);
+                let digit = units.start + rest % units.len();
+                rest /= units.len();
                 digit
             });
-            digits.collect()
+            (whole, digits.collect())
         };
-        (0..extent).map(|index| (first + index, digits(index))).collect()
+        self.units(product.whole).enumerate().map(digits).collect()
     }
 
     /// Finds what the classes of products go with, once all classes are known: what is pinned of a product pins its factors,
@@ -270,7 +287,7 @@ impl Channels {
             let found = reach(whole, &edges);
             if self.pin[whole] != 0 {
                 for &class in &found {
-                    self.pin[class] = if self.pin[class] == 0 { self.pin[whole] } else { self.pin[class] };
+                    self.pin_class(class, self.pin[whole]);
                 }
             }
             self.drivers.insert(whole, found);
@@ -280,54 +297,48 @@ impl Channels {
 
     /// Drops the products of which no factor can lose anything, and pins what they are.
     fn shut_products(&mut self) {
-        let units = |channels: &Self, &(value, axis): &Axis| {
-            let (first, extent) = channels.axes[&(value, axis)];
-            first..first + extent
-        };
         loop {
-            let is_open = |product: &Product| {
-                product.factors.iter().any(|axis| units(self, axis).any(|unit| self.pin[self.parent[unit]] == 0))
-            };
-            let Some(at) = self.products.iter().position(|product| !is_open(product)) else { break };
+            let pins = |&axis: &Axis| self.units(axis).map(|unit| self.pin[self.parent[unit]]);
+            let is_shut = |product: &Product| product.factors.iter().flat_map(pins).all(|pin| pin != 0);
+            let Some(at) = self.products.iter().position(is_shut) else { break };
+            let reason = pins(&self.products[at].factors[0]).max().unwrap_or(0);
             let product = self.products.remove(at);
-            let reason = units(self, &product.factors[0]).map(|unit| self.pin[self.parent[unit]]).max().unwrap_or(0);
-            for unit in units(self, &product.whole) {
-                let class = self.parent[unit];
-                self.pin[class] = if self.pin[class] == 0 { reason } else { self.pin[class] };
-            }
+            self.units(product.whole).for_each(|unit| self.pin_class(self.parent[unit], reason));
         }
     }
 
     /// Pins the classes that take an index of a product along without taking all that share a factor's index with it.
     fn pin_what_breaks(&mut self, digits: &[Vec<(usize, Vec<usize>)>]) {
-        self.reasons.push("a Reshape arranges it in another way".to_owned());
-        let reason = self.reasons.len();
-        let drivers = |unit: usize| {
-            let class = self.parent[unit];
-            self.drivers.get(&class).cloned().unwrap_or_else(|| vec![class])
-        };
+        let reason = self.reason("a Reshape arranges it in another way");
         let mut broken = BTreeSet::new();
         for (whole, factors) in digits.iter().flatten() {
-            let of_factors: Vec<_> = factors.iter().flat_map(|&unit| drivers(unit)).collect();
-            broken.extend(drivers(*whole).into_iter().filter(|class| !of_factors.contains(class)));
+            let of_factors: Vec<_> = factors.iter().flat_map(|&unit| self.drivers_of(unit)).collect();
+            broken.extend(self.drivers_of(*whole).iter().copied().filter(|class| !of_factors.contains(&class)));
         }
         for class in broken {
-            self.pin[class] = if self.pin[class] == 0 { reason } else { self.pin[class] };
+            self.pin_class(class, reason);
+        }
+    }
+
+    /// The number of a reason, as it stands in `pin`.
+    fn reason(&mut self, why: &str) -> usize {
+        let known = self.reasons.iter().position(|reason| reason == why);
+        1 + known.unwrap_or_else(|| {
+            self.reasons.push(why.to_owned());
+            self.reasons.len() - 1
+        })
+    }
+
+    /// Pins a class for the reason of this number, if it is not pinned yet.
+    fn pin_class(&mut self, class: usize, reason: usize) {
+        if self.pin[class] == 0 {
+            self.pin[class] = reason;
         }
     }
 
     fn pin_axis(&mut self, value: Outlet, axis: usize, why: &str) {
-        let Some(&(first, extent)) = self.axes.get(&(value, axis)) else { return };
-        let reason = self.reasons.iter().position(|r| r == why).unwrap_or_else(|| {
-            self.reasons.push(why.to_owned());
-            self.reasons.len() - 1
-        });
-        for unit in first..first + extent {
-            let root = self.find(unit);
-            if self.pin[root] == 0 {
-                self.pin[root] = reason + 1;
-            }
-        }
+        let reason = self.reason(why);
+        self.units((value, axis)).for_each(|unit| self.pin_class(self.find(unit), reason));
     }
 
     fn pin_value(&mut self, value: Outlet, why: &str) {

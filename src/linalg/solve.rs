@@ -1,7 +1,7 @@
 //! Products and ridge systems over statistics of vectors.
 
 use faer::{
-    Accum, Mat, MatMut, Par, Side,
+    Accum, Mat, MatMut, MatRef, Par, Side,
     linalg::{
         matmul::{
             matmul,
@@ -22,21 +22,22 @@ const MAX_RIDGE: f64 = 1.0;
 #[must_use]
 pub fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
     let mut result = DMatrix::zeros(a.nrows(), b.ncols());
-    add_product(&mut result, a, b, 1.0);
+    add_product(&mut result, a, view(b), 1.0);
     result
 }
 
 /// Subtracts A·B from `from`.
 pub fn subtract_product(from: &mut DMatrix<f64>, a: &DMatrix<f64>, b: &DMatrix<f64>) {
-    add_product(from, a, b, -1.0);
+    add_product(from, a, view(b), -1.0);
 }
 
-fn add_product(sum: &mut DMatrix<f64>, a: &DMatrix<f64>, b: &DMatrix<f64>, factor: f64) {
+/// Adds A·B times `factor` to `sum`, block by block.
+fn add_product(sum: &mut DMatrix<f64>, a: &DMatrix<f64>, b: MatRef<'_, f64>, factor: f64) {
     let rows = sum.nrows();
     sum.as_mut_slice().par_chunks_mut((rows * BLOCK).max(1)).enumerate().for_each(|(i, block)| {
         let width = block.len() / rows;
         let block = MatMut::from_column_major_slice_mut(block, rows, width);
-        matmul(block, Accum::Add, view(a), view(b).subcols(i * BLOCK, width), factor, Par::Seq);
+        matmul(block, Accum::Add, view(a), b.subcols(i * BLOCK, width), factor, Par::Seq);
     });
 }
 
@@ -60,12 +61,7 @@ pub fn add_gram(sum: &mut DMatrix<f64>, vectors: &DMatrix<f64>) {
 
 /// Adds Y·Xᵀ to `sum` (o×d), for Y (o×n) and X (d×n).
 pub fn add_cross(sum: &mut DMatrix<f64>, y: &DMatrix<f64>, x: &DMatrix<f64>) {
-    let rows = sum.nrows();
-    sum.as_mut_slice().par_chunks_mut((rows * BLOCK).max(1)).enumerate().for_each(|(i, block)| {
-        let width = block.len() / rows;
-        let block = MatMut::from_column_major_slice_mut(block, rows, width);
-        matmul(block, Accum::Add, view(y), view(x).subrows(i * BLOCK, width).transpose(), 1.0, Par::Seq);
-    });
+    add_product(sum, y, view(x).transpose(), 1.0);
 }
 
 /// tr(W·C·Wᵀ) for W (o×d) and a symmetric C (d×d): the energy of what the rows of W make of vectors of covariance C.

@@ -71,11 +71,11 @@ impl Layer {
     pub(super) fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {
         let weight = graph.weight(self.weight)?;
         let mut values = weight.value().f64s()?;
-        for (value, (output, input)) in values.iter_mut().zip(self.channels_of(weight.value())) {
+        let places: Vec<_> = self.channels_of(weight.value()).collect();
+        for (value, &(output, input)) in values.iter_mut().zip(&places) {
             *value *= factor(output, input);
         }
-        let outputs: Vec<_> = self.channels_of(weight.value()).map(|(output, _)| output).collect();
-        fitted(weight, weight.value().dims(), &values, |i| outputs[i])
+        fitted(weight, weight.value().dims(), &values, |i| places[i].0)
     }
 
     /// A bias of these values, stored as the weight is; `None` where they are beyond what the type holds.

@@ -120,12 +120,12 @@ impl Group {
 
     /// Whether an axis of some weight is a product of both.
     fn shares_a_product(&self, other: &Self, channels: &Channels) -> bool {
+        let (places, others) = (self.places(), other.places());
         let is_of = |a: &Side, b: &Side| (a.weight, a.axis) == (b.weight, b.axis);
-        let both = self.sides.iter().filter(|side| other.sides.iter().any(|own| is_of(own, side)));
-        both.into_iter().any(|side| {
-            let places = (self.places(), other.places());
+        let mut both = self.sides.iter().filter(|side| other.sides.iter().any(|own| is_of(own, side)));
+        both.any(|side| {
             (0..channels.extent(side.weight, side.axis).unwrap_or(0))
-                .any(|i| place(&places.0, channels, side, i).is_some() && place(&places.1, channels, side, i).is_some())
+                .any(|i| place(&places, channels, side, i).is_some() && place(&others, channels, side, i).is_some())
         })
     }
 

@@ -38,7 +38,11 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     }
     let places = |value: Outlet, axis: usize| kept(value, axis, channels.extent(value, axis).unwrap_or(0));
     for count in &channels.counts {
-        respell(graph, count, &places, &|value, axis| channels.extent(value, axis), pass);
+        // Where nothing went, what is written stays: open extents are not those at which channels were followed.
+        let is_touched = |(value, axis)| Some(places(value, axis).len()) != channels.extent(value, axis);
+        if count.axis(graph).is_some_and(is_touched) {
+            respell(graph, count, &places, pass);
+        }
     }
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
     let mut left = Kept::new();
@@ -65,28 +69,15 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     left
 }
 
-/// Rewrites an attribute or constant that spells a count or places of channels; `kept` are the places along an axis that stay,
-/// of as many as `extent` says.
-fn respell(
-    graph: &mut Graph,
-    count: &Count,
-    kept: &dyn Fn(Outlet, usize) -> Vec<usize>,
-    extent: &dyn Fn(Outlet, usize) -> Option<usize>,
-    pass: &str,
-) -> Option<()> {
+/// Rewrites an attribute or constant that spells a count or places of channels; `kept` are the places along an axis that stay.
+fn respell(graph: &mut Graph, count: &Count, kept: &dyn Fn(Outlet, usize) -> Vec<usize>, pass: &str) -> Option<()> {
     let size = |value: Outlet, axis: usize| kept(value, axis).len() as i64;
     match *count {
         Count::Attribute(node, name, (value, axis)) => {
             let size = size(value, axis);
-            if graph.op(node)?.int(name).unwrap_or(1) != size {
-                graph.edit_op(node, |op| *op = std::mem::take(op).with_int(name, size));
-            }
+            graph.edit_op(node, |op| *op = std::mem::take(op).with_int(name, size));
         }
         Count::Entry { reader, slot, at, of: (value, axis) } => {
-            // An open extent is not the one at which channels were followed.
-            if Some(kept(value, axis).len()) == extent(value, axis) {
-                return Some(());
-            }
             let mut entries = graph.constant(graph.operand(reader, slot)?)?.i64s()?;
             entries[at] = size(value, axis);
             set_ints(graph, reader, slot, &entries, pass)?;
@@ -100,19 +91,12 @@ fn respell(
         }
         Count::Gather(node, axis, ref taken) => {
             let left = kept(graph.operand(node, 0)?, axis);
-            if Some(left.len()) == extent(graph.operand(node, 0)?, axis) {
-                return Some(());
-            }
             let place = |&at: &usize| left.iter().position(|&place| place == taken[at]).map(|i| i as i64);
             let taken: Vec<_> = kept(node.out(), axis).iter().map(place).collect::<Option<_>>()?;
             set_ints(graph, node, 1, &taken, pass)?;
         }
         Count::Slice(node, entry, axis, ref range) => {
             let left = kept(graph.operand(node, 0)?, axis);
-            // An open extent is not the one at which channels were followed.
-            if Some(left.len()) == extent(graph.operand(node, 0)?, axis) {
-                return Some(());
-            }
             let before = |limit: usize| left.iter().filter(|&&place| place < limit).count() as i64;
             let bounds = [("starts", 1, before(range.start)), ("ends", 2, before(range.end))];
             for (name, slot, bound) in bounds {

@@ -124,20 +124,22 @@ impl<'a> Stage<'a> {
             }
             if let (true, true, Some(judge)) = (Some(i) == last, cx.refit && !self.fit.is_empty(), judge) {
                 let key = xxh3_64(&model.encode());
-                let known = self.refits.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-                let refit = match known {
-                    Some(known) => known,
-                    None => self.refit(model, &cx.kept, judge, progress)?,
+                let refits = || self.refits.lock().unwrap_or_else(PoisonError::into_inner);
+                let known = refits().get(&key).cloned();
+                (model, refitted, judged) = if let Some(known) = known {
+                    known
+                } else {
+                    let refit = self.refit(model, &cx.kept, judge, progress)?;
+                    refits().insert(key, refit.clone());
+                    refit
                 };
-                self.refits.lock().unwrap_or_else(PoisonError::into_inner).insert(key, refit.clone());
-                (model, refitted, judged) = refit;
             }
         }
         Ok(Result { model, outcomes, refitted, difference: judged })
     }
 
-    /// Refits `model` where `judge` finds it closer to the original then. What minimizes the error of
-    /// each layer need not do so for the model (algorithms.md §16), so both are measured.
+    /// Refits `model` where `judge` finds it closer to the original then. What minimizes the error of each layer need not do so
+    /// for the model (algorithms.md §16), so both are measured.
     fn refit(
         &self,
         model: Model,

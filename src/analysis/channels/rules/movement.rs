@@ -7,7 +7,7 @@ use crate::{
         entries::{Entry, escapes, source},
     },
     eval::{axis, slice_indices},
-    ir::Outlet,
+    ir::{Outlet, Tensor},
 };
 
 impl Rule<'_> {
@@ -67,7 +67,7 @@ impl Rule<'_> {
             self.tie((x, a), (y, if a < at { a } else { a + rows - 1 }))?;
             self.side(x, a, Role::Makes);
         }
-        let list = self.graph.constant(indices).filter(|_| rows == 1).and_then(crate::ir::Tensor::i64s);
+        let list = self.graph.constant(indices).filter(|_| rows == 1).and_then(Tensor::i64s);
         if let Some(list) = list {
             let extent = self.channels.extent(x, at)?;
             let wrap = |i: &i64| usize::try_from(if *i < 0 { i + extent as i64 } else { *i }).ok();
@@ -159,7 +159,7 @@ impl Rule<'_> {
         self.regroup(x, y)?;
         let shape = self.operand(1)?;
         let zero_copies = self.op.int("allowzero") != Some(1);
-        let constant = self.graph.constant(shape).and_then(crate::ir::Tensor::i64s);
+        let constant = self.graph.constant(shape).and_then(Tensor::i64s);
         for k in 0..self.rank(y)? {
             let is_zero = constant.as_ref().is_some_and(|entries| entries.get(k) == Some(&0));
             if is_zero && zero_copies && self.channels.tie((x, k), (y, k)).is_none() {
