@@ -26,7 +26,7 @@ use onnx_shrink::{
     codec::{CodecError, Model, save, size_at},
     pass::{Fidelity, Minimize},
     passes::{PASSES, find},
-    pipeline::{self, Outcome},
+    pipeline::{self, Item, Outcome},
     shrink::{self, BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
     text,
     verify::{
@@ -128,6 +128,7 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
     let glob = |glob: &String| globset::Glob::new(glob).map_err(|error| Usage(format!("--keep: {error}")));
     let keep = options.keep.iter().map(glob).collect::<Result<_, _>>()?;
     let Some(input) = &options.input else { bail!("IN is missing; see --help") };
+    check_strengths(options, &items)?;
     check_targets(options, input)?;
     let model = read(input)?;
     if model.unknown_bytes() > 0 {
@@ -227,6 +228,36 @@ fn request(feeds: &Feeds) -> anyhow::Result<Request> {
     feeds.request().map_err(|error| Usage(error).into())
 }
 
+/// Checks that there is a pass for each option that says how much passes may do.
+fn check_strengths(options: &Shrink, items: &[Item]) -> anyhow::Result<()> {
+    let is_lossy = |item: &Item| item.fidelity() == Fidelity::Lossy;
+    let of_lossy = [
+        ("--max-error", options.max_error.is_some()),
+        ("--max-flips", options.max_flips.is_some()),
+        ("--moments", !options.moments.is_empty()),
+        ("--save-moments", options.save_moments.is_some()),
+    ];
+    let of_free = [
+        ("--target-size", options.target_size.is_some()),
+        ("--target-macs", options.target_macs.is_some()),
+        ("--pareto", options.pareto.is_some()),
+    ];
+    let first = |list: &[(&'static str, bool)]| list.iter().find(|(_, is_given)| *is_given).map(|(name, _)| *name);
+    if let (Some(name), false) = (first(&[&of_lossy[..], &of_free[..]].concat()), items.iter().any(is_lossy)) {
+        return Err(Usage(format!(
+            "{name}: no pass of the list trades accuracy; add one, for instance --passes svd,prune"
+        ))
+        .into());
+    }
+    if let (Some(name), false) = (first(&of_free), items.iter().any(Item::is_free)) {
+        return Err(Usage(format!(
+            "{name}: the strength of every lossy pass is fixed by its options; leave one of them free"
+        ))
+        .into());
+    }
+    Ok(())
+}
+
 /// Checks where results go before any work is done.
 fn check_targets(options: &Shrink, input: &Path) -> anyhow::Result<()> {
     let same = |a: &Path, b: &Path| a == b || a.canonicalize().ok().is_some_and(|a| Some(a) == b.canonicalize().ok());
@@ -237,7 +268,11 @@ fn check_targets(options: &Shrink, input: &Path) -> anyhow::Result<()> {
             return Err(Usage(format!("--report: {} is {which} already; name another file", report.display())).into());
         }
     }
-    for path in output.into_iter().chain(options.report.as_deref()).filter(|path| path.as_os_str() != "-") {
+    if let Some(folder) = options.pareto.as_deref().filter(|folder| folder.exists() && !folder.is_dir()) {
+        bail!("{}: it is a file; --pareto wants a folder", folder.display());
+    }
+    let files = output.into_iter().chain(options.report.as_deref()).chain(options.save_moments.as_deref());
+    for path in files.filter(|path| path.as_os_str() != "-") {
         if path.is_dir() {
             bail!("{}: it is a folder; name a file in it", path.display());
         }

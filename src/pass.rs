@@ -9,10 +9,11 @@ use serde::Serialize;
 use crate::{
     analysis::{
         moments,
-        shapes::{Fact, Shapes},
+        shapes::{Shapes, declared_dims},
     },
     codec::Model,
     ir::{Graph, NodeId, Outlet},
+    proto::tensor_shape_proto::dimension,
     refit::Kept,
     verify::{Cannot, Engine, Reference, Value},
 };
@@ -207,6 +208,14 @@ impl Yardstick {
         Ok(Self { model: model.clone(), reference: Reference::before_squashing(engine, model, samples)? })
     }
 
+    /// The same of `graph` in place of the model's; `None` where it can't be run.
+    #[must_use]
+    pub fn of(&self, graph: &Graph) -> Option<Self> {
+        let model = Model { graph: graph.clone(), ..self.model.clone() };
+        let reference = self.reference.of(&model).ok()?;
+        Some(Self { model, reference })
+    }
+
     /// The error of `graph` in place of the model's; `None` where it can't be run.
     #[must_use]
     pub fn error(&self, graph: &Graph) -> Option<f64> {
@@ -256,6 +265,11 @@ impl Context {
         names.iter().any(|name| self.keep.is_match(name))
     }
 
+    /// Whether the answer to a question of this `key` is known.
+    pub(crate) fn knows(&self, key: u64) -> bool {
+        self.memo.contains_key(&key)
+    }
+
     /// What `find` finds, which depends on what `key` is a hash of, and on nothing else.
     pub(crate) fn remember<T: Any + Send + Sync>(&mut self, key: u64, find: impl FnOnce() -> T) -> Arc<T> {
         if let Some(Ok(known)) = self.memo.get(&key).map(|known| Arc::clone(known).downcast::<T>()) {
@@ -274,7 +288,7 @@ impl Context {
         find: impl Fn(&Q) -> T + Sync,
     ) -> Vec<Arc<T>> {
         let keys: Vec<_> = questions.par_iter().map(&key).collect();
-        let open: Vec<_> = questions.iter().zip(&keys).filter(|(_, key)| !self.memo.contains_key(key)).collect();
+        let open: Vec<_> = questions.iter().zip(&keys).filter(|(_, key)| !self.knows(**key)).collect();
         let found: Vec<_> = open.par_iter().map(|(question, key)| (**key, Arc::new(find(question)))).collect();
         self.memo.extend(found.into_iter().map(|(key, found)| (key, found as Arc<dyn Any + Send + Sync>)));
         questions.iter().zip(keys).map(|(question, key)| self.remember(key, || find(question))).collect()
@@ -307,13 +321,10 @@ impl Context {
         let shapes = self.shapes(graph);
         let bound = |rest: bool| Shapes::infer(graph, &telling(graph, &self.bound, rest));
         let fits = |other: &Shapes| {
-            let elements = |value: Outlet| other.known(value).map(|dims| dims.iter().product::<usize>());
-            graph.ops().into_iter().all(|id| {
-                let is_kept = graph.op_of(id, "Reshape").is_none()
-                    || graph.operand(id, 0).is_some_and(|x| elements(x) == elements(id.out()));
-                let mut outputs = (0..graph.output_count(id)).map(|slot| id.at(slot));
-                is_kept && outputs.all(|value| shapes.known(value).is_none() || other.known(value).is_some())
-            })
+            let is_known = |value: Outlet| shapes.known(value).is_none() || other.known(value).is_some();
+            let mut values =
+                graph.ops().into_iter().flat_map(|id| (0..graph.output_count(id)).map(move |slot| id.at(slot)));
+            other.is_possible() && values.all(is_known)
         };
         [true, false].into_iter().map(bound).find(fits).unwrap_or(shapes)
     }
@@ -328,25 +339,26 @@ impl Context {
 }
 
 /// Input shapes in which open extents are primes, and where `rest` is set, those after the first axis of an input multiples of
-/// primes that a network may halve some times; one name stands for one extent.
+/// primes that a network may halve some times. One name stands for one extent.
 fn telling(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, rest: bool) -> BTreeMap<String, Vec<usize>> {
     const BATCH: usize = 7;
     const PRIMES: [usize; 6] = [11, 13, 17, 19, 23, 29];
     const HALVED: usize = 32;
     let (mut shapes, mut named) = (bound.clone(), BTreeMap::new());
     for input in graph.fed_inputs() {
-        let fact = Fact::declared(&input.info);
-        let (Some(dims), Some(known)) = (fact.dims, shapes.get_mut(input.info.name())) else { continue };
-        for (axis, (dim, extent)) in dims.iter().zip(known).enumerate() {
-            if dim.is_some_and(|dim| dim.known().is_some()) || axis > 0 && !rest {
+        let Some(known) = shapes.get_mut(input.info.name()) else { continue };
+        let dims = declared_dims(&input.info);
+        for (axis, extent) in known.iter_mut().enumerate() {
+            let dim = dims.and_then(|dims| dims.get(axis)?.value.as_ref());
+            if matches!(dim, Some(dimension::Value::DimValue(extent)) if *extent >= 0) || axis > 0 && !rest {
                 continue;
             }
-            let next = PRIMES[named.len() % PRIMES.len()] * HALVED;
-            let fresh = if axis == 0 { BATCH } else { next };
-            *extent = match dim {
-                Some(dim) => *named.entry(format!("{dim:?}")).or_insert(fresh),
-                None => fresh,
+            let name = match dim {
+                Some(dimension::Value::DimParam(name)) if !name.is_empty() => name.clone(),
+                _ => format!("{}:{axis}", input.info.name()),
             };
+            let next = PRIMES[named.len() % PRIMES.len()] * HALVED;
+            *extent = *named.entry(name).or_insert(if axis == 0 { BATCH } else { next });
         }
     }
     shapes

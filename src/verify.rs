@@ -79,7 +79,7 @@ impl<'a> Runners<'a> {
     }
 }
 
-/// Samples that [`takes_batches`] puts together: more than any extent that passes assume for an open one.
+/// Samples that [`takes_batches`] puts together: more than the one, and other than the seven, that passes take an open batch for.
 const BATCH: usize = 8;
 
 /// Whether `model` computes of several samples in one batch what it computes of each alone; `None` where its inputs do not say
@@ -205,6 +205,15 @@ impl Reference {
         let flat = reference.unexercised;
         let more = Self::new(engine, &with_logits(model, &flat), reference.inputs)?;
         Ok(Self { flat, ..more })
+    }
+
+    /// The same of `model` on the same samples.
+    ///
+    /// # Errors
+    ///
+    /// When the engine can't run the model.
+    pub fn of(&self, model: &Model) -> Result<Self, Cannot> {
+        Self::before_squashing(&self.engine, model, self.inputs.clone())
     }
 
     /// Compares `model`'s outputs on the same samples.

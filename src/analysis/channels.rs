@@ -95,6 +95,8 @@ pub struct Channels {
     pin: Vec<usize>,
     reasons: Vec<String>,
     products: Vec<Product>,
+    /// The first unit of the axes that are inside operators.
+    inner: usize,
     /// For each class of a product, which can't go by itself, the classes that it goes with.
     drivers: BTreeMap<usize, Vec<usize>>,
     /// The weights of layers.
@@ -104,7 +106,7 @@ pub struct Channels {
 }
 
 /// Longer axes are no channels.
-const MAX_UNITS: usize = 1 << 22;
+const MAX_UNITS: usize = 1 << 20;
 /// Why the last channel of an axis can't go.
 const ONLY_ONE: &str = "it is the only one";
 
@@ -122,7 +124,8 @@ impl Channels {
                 }
             }
         }
-        channels.pin = vec![0; channels.parent.len()];
+        channels.inner = channels.parent.len();
+        channels.pin = vec![0; channels.inner];
         let narrow: Vec<_> = channels.axes().filter(|&(_, _, extent)| extent == 1).collect();
         for (value, axis, _) in narrow {
             channels.pin_axis(value, axis, ONLY_ONE);
@@ -139,6 +142,7 @@ impl Channels {
         for id in graph.ops() {
             rules::apply(&mut channels, graph, shapes, id);
         }
+        while channels.join_products() {}
         for unit in 0..channels.parent.len() {
             channels.parent[unit] = channels.find(unit);
         }
@@ -178,6 +182,12 @@ impl Channels {
     #[must_use]
     pub fn is_product(&self, value: Outlet, axis: usize) -> bool {
         self.units((value, axis)).any(|unit| self.drivers.contains_key(&self.parent[unit]))
+    }
+
+    /// Whether an axis is inside an operator, beyond the rank of its result.
+    #[must_use]
+    pub fn is_inner(&self, value: Outlet, axis: usize) -> bool {
+        self.axes.get(&(value, axis)).is_some_and(|&(first, _)| first >= self.inner)
     }
 
     /// The axes whose products others are.
@@ -258,8 +268,33 @@ impl Channels {
         Some(())
     }
 
+    /// Ties the factors of products of equal factors whose wholes are one, as those of two convolutions in a row that are grouped
+    /// alike; says whether there were any that were not one yet.
+    fn join_products(&mut self) -> bool {
+        let products = self.products.clone();
+        let roots =
+            |channels: &Self, axis: Axis| channels.units(axis).map(|unit| channels.find(unit)).collect::<Vec<_>>();
+        let mut known: BTreeMap<(Option<usize>, Vec<usize>), Vec<&Product>> = BTreeMap::new();
+        let mut joined = false;
+        for product in &products {
+            let extents = product.factors.iter().map(|&factor| self.units(factor).len()).collect();
+            let whole = roots(self, product.whole);
+            let alike = known.entry((whole.first().copied(), extents)).or_default();
+            if let Some(other) = alike.iter().find(|other| roots(self, other.whole) == whole) {
+                for (&a, &b) in product.factors.iter().zip(&other.factors) {
+                    if roots(self, a) != roots(self, b) {
+                        joined |= self.tie(a, b).is_some();
+                    }
+                }
+            } else {
+                alike.push(product);
+            }
+        }
+        joined
+    }
+
     /// For each index of a product, its unit and the units of its factors.
-    fn digits(&self, product: &Product) -> Vec<(usize, Vec<usize>)> {
+    fn digits(&self, product: &Product) -> impl Iterator<Item = (usize, Vec<usize>)> {
         let digits = |(mut rest, whole): (usize, usize)| {
             let digits = product.factors.iter().rev().map(|&factor| {
                 let units = self.units(factor);
@@ -269,18 +304,19 @@ impl Channels {
             });
             (whole, digits.collect())
         };
-        self.units(product.whole).enumerate().map(digits).collect()
+        self.units(product.whole).enumerate().map(digits)
     }
 
     /// Finds what the classes of products go with, once all classes are known: what is pinned of a product pins its factors,
     /// and so does a product that a factor of another would take to pieces.
     fn settle_products(&mut self) {
         self.shut_products();
-        let digits: Vec<_> = self.products.iter().map(|product| self.digits(product)).collect();
-        let mut edges: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
-        for (whole, factors) in digits.iter().flatten() {
-            let factors = factors.iter().map(|&unit| self.parent[unit]);
-            edges.entry(self.parent[*whole]).or_default().extend(factors);
+        let mut edges: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (whole, factors) in self.products.iter().flat_map(|product| self.digits(product)) {
+            let classes = edges.entry(self.parent[whole]).or_default();
+            classes.extend(factors.iter().map(|&unit| self.parent[unit]));
+            classes.sort_unstable();
+            classes.dedup();
         }
         let wholes: Vec<usize> = edges.keys().copied().collect();
         for &whole in &wholes {
@@ -292,7 +328,7 @@ impl Channels {
             }
             self.drivers.insert(whole, found);
         }
-        self.pin_what_breaks(&digits);
+        self.pin_what_breaks();
     }
 
     /// Drops the products of which no factor can lose anything, and pins what they are.
@@ -308,12 +344,12 @@ impl Channels {
     }
 
     /// Pins the classes that take an index of a product along without taking all that share a factor's index with it.
-    fn pin_what_breaks(&mut self, digits: &[Vec<(usize, Vec<usize>)>]) {
+    fn pin_what_breaks(&mut self) {
         let reason = self.reason("a Reshape arranges it in another way");
         let mut broken = BTreeSet::new();
-        for (whole, factors) in digits.iter().flatten() {
+        for (whole, factors) in self.products.iter().flat_map(|product| self.digits(product)) {
             let of_factors: Vec<_> = factors.iter().flat_map(|&unit| self.drivers_of(unit)).collect();
-            broken.extend(self.drivers_of(*whole).iter().copied().filter(|class| !of_factors.contains(&class)));
+            broken.extend(self.drivers_of(whole).iter().copied().filter(|class| !of_factors.contains(&class)));
         }
         for class in broken {
             self.pin_class(class, reason);
@@ -350,7 +386,7 @@ impl Channels {
 }
 
 /// The classes that can be reached along `edges` from `start` and lead nowhere further.
-fn reach(start: usize, edges: &BTreeMap<usize, BTreeSet<usize>>) -> Vec<usize> {
+fn reach(start: usize, edges: &BTreeMap<usize, Vec<usize>>) -> Vec<usize> {
     let (mut seen, mut open, mut ends) = (BTreeSet::from([start]), vec![start], Vec::new());
     while let Some(class) = open.pop() {
         match edges.get(&class) {

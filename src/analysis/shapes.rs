@@ -11,7 +11,11 @@ use self::rules::Rule;
 pub use self::term::Term;
 use crate::{
     ir::{DType, Graph, Kind, NodeId, Op, Outlet, Output, Tensor},
-    proto::{TypeProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto},
+    proto::{
+        TypeProto, ValueInfoProto,
+        tensor_shape_proto::{Dimension, dimension},
+        type_proto,
+    },
 };
 
 /// Integer tensors of at most this many elements are followed element by element; shapes have no more axes.
@@ -125,6 +129,12 @@ impl Shapes {
     #[must_use]
     pub fn taken(&self, node: NodeId) -> Option<usize> {
         self.taken.get(&node).copied()
+    }
+
+    /// Whether the graph can be run on inputs of these shapes, as far as that is known.
+    #[must_use]
+    pub fn is_possible(&self) -> bool {
+        !self.impossible
     }
 
     /// What is known of `value`.
@@ -298,17 +308,28 @@ impl Fact {
     /// What a declaration says.
     #[must_use]
     pub fn declared(info: &ValueInfoProto) -> Self {
-        let Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) = &info.r#type else {
-            return Self::default();
-        };
-        let dims = tensor.shape.as_ref().map(|shape| {
-            let dim = |d: &crate::proto::tensor_shape_proto::Dimension| match d.value {
+        let Some(tensor) = declared_tensor(info) else { return Self::default() };
+        let dims = declared_dims(info).map(|dims| {
+            let dim = |d: &Dimension| match d.value {
                 Some(dimension::Value::DimValue(v)) => usize::try_from(v).ok().map(Term::from),
                 _ => None,
             };
-            shape.dim.iter().map(dim).collect()
+            dims.iter().map(dim).collect()
         });
         let dtype = tensor.elem_type.and_then(|t| DType::try_from(t).ok()).filter(|t| *t != DType::Undefined);
         Self { dtype, dims, ints: None }
     }
+}
+
+fn declared_tensor(info: &ValueInfoProto) -> Option<&type_proto::Tensor> {
+    match &info.r#type {
+        Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) => Some(tensor),
+        _ => None,
+    }
+}
+
+/// The axes that a declaration tells of, with their lengths or names; `None` where it does not say how many there are.
+#[must_use]
+pub fn declared_dims(info: &ValueInfoProto) -> Option<&[Dimension]> {
+    Some(&declared_tensor(info)?.shape.as_ref()?.dim)
 }

@@ -206,32 +206,51 @@ fn groups(graph: &Graph, channels: &Channels, cx: &mut Context) -> Vec<Group> {
     open.collect()
 }
 
+/// The classes of the first `gone` units of `group` to go, with their places in that order.
+fn doomed_of(group: &Group, curve: &Curve, gone: usize) -> BTreeMap<usize, f64> {
+    curve.order[..gone].iter().enumerate().map(|(i, &unit)| (group.units[unit], i as f64)).collect()
+}
+
 /// The error of what reads a group at which the sensitivity of the model to it is measured, relative and squared: small
 /// enough for the answer to be in proportion, and large enough to stand out.
 const PROBED: f64 = 0.03;
 
-/// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself.
+/// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself, and where
+/// its curve is one of norms, further too.
 fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc<Curve>], cx: &mut Context) {
     let Some(yardstick) = cx.yardstick.clone() else { return };
     let moments = Arc::clone(&cx.moments);
-    let key = |curve: &Arc<Curve>| {
+    let key = |(group, curve): &(&Group, &Arc<Curve>)| {
         let mut hasher = Xxh3::new();
+        group.sides.iter().for_each(|side| hasher.update(graph.name(side.weight).as_bytes()));
         curve.order.iter().for_each(|&unit| hasher.update(&unit.to_le_bytes()));
         curve.errors.iter().for_each(|error| hasher.update(&error.to_le_bytes()));
         hasher.digest()
     };
-    let one = |(group, curve): (&Group, &Arc<Curve>)| {
-        let gone = curve.errors.iter().position(|&error| error >= PROBED).unwrap_or(curve.errors.len().checked_sub(1)?);
-        let doomed: BTreeSet<_> = curve.order[..=gone].iter().map(|&unit| group.units[unit]).collect();
+    let both: Vec<_> = groups.iter().zip(curves).collect();
+    // What earlier passes did is no error of this one.
+    let is_open = both.iter().any(|both| !cx.knows(key(both)));
+    let yardstick = if is_open { yardstick.of(graph) } else { None };
+    let at = |group: &Group, curve: &Curve, gone: usize| {
+        let mut doomed = doomed_of(group, curve, gone);
+        spare(channels, &mut doomed);
+        let doomed = doomed.into_keys().collect();
         let mut trial = graph.clone();
         let compensation = Compensation::of(graph, channels, &doomed, &moments, false);
         remove(&mut trial, channels, &doomed, Prune::NAME);
         compensation.apply(&mut trial, Prune::NAME);
-        let error = yardstick.error(&trial)?;
-        (curve.errors[gone] > 0.0 && error.is_finite()).then(|| error * error / curve.errors[gone])
+        let (error, predicted) = (yardstick.as_ref()?.error(&trial)?, curve.errors[gone - 1]);
+        (predicted > 0.0 && error.is_finite()).then(|| error * error / predicted)
     };
-    let both: Vec<_> = groups.iter().zip(curves).collect();
-    let found = cx.remember_all(&both, |(_, curve)| key(curve), |&(group, curve)| one((group, curve)));
+    let one = |(group, curve): (&Group, &Arc<Curve>)| {
+        let count = curve.errors.len();
+        let gone = curve.errors.iter().position(|&error| error >= PROBED).map_or(count, |at| at + 1);
+        // Norms say in which order channels go, but not how the error grows on the way.
+        let further = Some(count.div_ceil(2)).filter(|&further| curve.is_blind && further > gone);
+        let found = [Some(gone).filter(|&gone| gone > 0), further].into_iter().flatten();
+        found.filter_map(|gone| at(group, curve, gone)).reduce(f64::max)
+    };
+    let found = cx.remember_all(&both, key, |&both| one(both));
     for (group, sensitivity) in groups.iter_mut().zip(found) {
         group.sensitivity = sensitivity.unwrap_or(1.0);
     }
@@ -255,7 +274,7 @@ impl Prune {
                 cx.predicted += curve.errors[gone - 1] * group.sensitivity;
                 cx.count("layers pruned");
             }
-            doomed.extend(curve.order[..gone].iter().enumerate().map(|(i, &unit)| (group.units[unit], i as f64)));
+            doomed.extend(doomed_of(group, curve, gone));
         }
         spare(&channels, &mut doomed);
         cx.add("channels removed", doomed.len());

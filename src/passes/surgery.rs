@@ -8,14 +8,20 @@ use crate::{
     refit::Kept,
 };
 
-/// Spares the best of the doomed classes of each axis that would be left without any.
+/// Spares the best of the doomed classes of each axis that would be left without any. An index of a product goes with any of
+/// its factors', so where all do, the one whose worst factor is best stays.
 pub(super) fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
-    for (value, axis, extent) in channels.axes().filter(|&(value, axis, _)| !channels.is_product(value, axis)) {
-        let classes = (0..extent).map(|i| channels.classes(value, axis, i).first().copied());
-        let scores = classes.map(|class| Some((*doomed.get(&class?)?, class?))).collect::<Option<Vec<_>>>();
-        let best = scores.and_then(|scores| scores.into_iter().max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))));
-        if let Some((_, class)) = best {
-            doomed.remove(&class);
+    for (value, axis, extent) in channels.axes() {
+        let going = |i: usize| {
+            let classes = channels.classes(value, axis, i).iter();
+            let going: Vec<_> = classes.filter_map(|class| Some((*doomed.get(class)?, *class))).collect();
+            (!going.is_empty()).then_some(going)
+        };
+        let all = (0..extent).map(going).collect::<Option<Vec<_>>>().unwrap_or_default();
+        let worst = |going: &[(f64, usize)]| going.iter().map(|going| going.0).fold(f64::INFINITY, f64::min);
+        let best = all.iter().max_by(|a, b| worst(a).total_cmp(&worst(b)).then(b[0].1.cmp(&a[0].1)));
+        for (_, class) in best.into_iter().flatten() {
+            doomed.remove(class);
         }
     }
 }
@@ -32,7 +38,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         channels.axes().map(|(value, axis, extent)| (value, axis, kept(value, axis, extent), extent)).collect();
     let mut extents: BTreeMap<String, Vec<(usize, usize)>> = BTreeMap::new();
     for (value, axis, kept, extent) in &axes {
-        if kept.len() < *extent {
+        if kept.len() < *extent && !channels.is_inner(*value, *axis) {
             extents.entry(graph.name(*value).to_owned()).or_default().push((*axis, kept.len()));
         }
     }
@@ -47,7 +53,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
     let mut left = Kept::new();
     for (value, axis, kept, extent) in axes {
-        if kept.len() == extent {
+        if kept.len() == extent || channels.is_inner(value, axis) {
             continue;
         }
         if graph.op(value.node).is_some() {

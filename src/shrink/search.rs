@@ -258,7 +258,7 @@ impl<'a> Search<'a> {
         let result = self.stage.run(self.cx, &own, judge, progress)?;
         match &result.difference {
             _ if result.refitted => self.refused = 0,
-            Some(plain) if plain.error <= self.aim * WITHIN_REACH => self.refused += 1,
+            Some(plain) if result.is_new && plain.error <= self.aim * WITHIN_REACH => self.refused += 1,
             _ => {}
         }
         let free = |i: &usize| self.stage.items[*i].is_free() && !left_out.contains(i);

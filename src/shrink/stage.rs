@@ -1,9 +1,6 @@
 //! What lossy passes start from, and how they are run: the passes, then the refit, then the clean-up after them.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -30,16 +27,24 @@ pub(super) struct Stage<'a> {
     /// Samples for fitting, and what the original computes on them.
     fit: Vec<Vec<Value>>,
     originals: Originals,
-    /// What came of each refit, by the hash of the model before: different prices often lead to one model.
-    refits: Mutex<BTreeMap<u64, Refit>>,
+    /// What came of the last refits, by the hash of the model before: different prices often lead to one model.
+    refits: Mutex<Vec<(u64, Refit)>>,
     /// Where nothing is searched for: samples for choosing between ways to fit, and then for fitting too.
     choose: Vec<Vec<Value>>,
     /// What the original computes on those, to say whether a refit helps.
     pub(super) judge: Option<Reference>,
 }
 
+/// Bytes of models that are kept with what came of refitting them: 256 MB.
+const MAX_KEPT: usize = 1 << 28;
+
 /// The model after a refit, whether it was one, and what the judge says of it.
-type Refit = (Model, bool, Option<Difference>);
+#[derive(Clone)]
+struct Refit {
+    model: Model,
+    helped: bool,
+    difference: Option<Difference>,
+}
 
 /// What came of running a stage.
 pub(super) struct Result {
@@ -47,6 +52,8 @@ pub(super) struct Result {
     pub(super) outcomes: Vec<Outcome>,
     /// Whether layers were fitted to the original.
     pub(super) refitted: bool,
+    /// Whether that was tried for the first time.
+    pub(super) is_new: bool,
     /// How the model differs from what the judge knows, but for the rounding of what cleaned up after it was judged.
     pub(super) difference: Option<Difference>,
 }
@@ -117,25 +124,31 @@ impl<'a> Stage<'a> {
         cx.kept.clear();
         cx.refit = false;
         let last = self.items.iter().rposition(|item| item.fidelity() == Fidelity::Lossy);
-        let (mut refitted, mut judged) = (false, None);
+        let (mut refitted, mut is_new, mut difference) = (false, false, None);
         for (i, item) in self.items.iter().enumerate() {
             if let Some(price) = price(i) {
                 outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, cx, price)?);
             }
             if let (true, true, Some(judge)) = (Some(i) == last, cx.refit && !self.fit.is_empty(), judge) {
-                let key = xxh3_64(&model.encode());
-                let refits = || self.refits.lock().unwrap_or_else(PoisonError::into_inner);
-                let known = refits().get(&key).cloned();
-                (model, refitted, judged) = if let Some(known) = known {
-                    known
-                } else {
-                    let refit = self.refit(model, &cx.kept, judge, progress)?;
-                    refits().insert(key, refit.clone());
-                    refit
+                let bytes = model.encode();
+                let (key, refits) = (xxh3_64(&bytes), || self.refits.lock().unwrap_or_else(PoisonError::into_inner));
+                let known = refits().iter().find(|(known, _)| *known == key).map(|(_, refit)| refit.clone());
+                is_new = known.is_none();
+                let refit = match known {
+                    Some(known) => known,
+                    None => self.refit(model, &cx.kept, judge, progress)?,
                 };
+                if is_new {
+                    let mut refits = refits();
+                    let most = (MAX_KEPT / bytes.len().max(1)).max(1);
+                    let excess = (refits.len() + 1).saturating_sub(most);
+                    refits.drain(..excess);
+                    refits.push((key, refit.clone()));
+                }
+                Refit { model, helped: refitted, difference } = refit;
             }
         }
-        Ok(Result { model, outcomes, refitted, difference: judged })
+        Ok(Result { model, outcomes, refitted, is_new, difference })
     }
 
     /// Refits `model` where `judge` finds it closer to the original then. What minimizes the error of each layer need not do so
@@ -151,13 +164,13 @@ impl<'a> Stage<'a> {
         refit((self.engine, &self.originals), &self.start.0, &mut fitted, kept, &self.fit, progress)?;
         let (plain, better) = (judge.compare(&model)?, judge.compare(&fitted)?);
         if better.error.is_nan() || better.error > plain.error {
-            return Ok((model, false, Some(plain)));
+            return Ok(Refit { model, helped: false, difference: Some(plain) });
         }
         if !self.choose.is_empty() {
             let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
             fitted = model;
             refit((self.engine, &Originals::default()), &self.start.0, &mut fitted, kept, &all, progress)?;
         }
-        Ok((fitted, true, Some(better).filter(|_| self.choose.is_empty())))
+        Ok(Refit { model: fitted, helped: true, difference: Some(better).filter(|_| self.choose.is_empty()) })
     }
 }

@@ -51,6 +51,14 @@ fn wrong_usage_exits_with_two() {
     for args in [&[path(&input)][..], &[path(&input), "x.onnx", "--passes", "sdv"], &["--nonsense"]] {
         assert_eq!(run(args).status.code(), Some(2), "{args:?}");
     }
+    // What no pass of the list does anything with is not passed over.
+    for (passes, option) in
+        [("simplify", "--max-error=0.1"), ("simplify", "--pareto=x"), ("svd:rank=8", "--target-size=0.5")]
+    {
+        let output = run(&[path(&input), "x.onnx", "--passes", passes, option]);
+        assert_eq!(output.status.code(), Some(2), "{passes} {option}");
+        assert!(text(&output.stderr).contains(option.split('=').next().unwrap()), "{}", text(&output.stderr));
+    }
 }
 
 #[test]

@@ -24,7 +24,9 @@ fn job(passes: &str, data: Option<&str>) -> Job {
 }
 
 /// The share of right answers on the labelled samples of `data`.
+/// The share of right answers on 1 000 labelled images that are not in `data`, on which the model was shrunk.
 fn accuracy(model: &Model, data: &str) -> f64 {
+    let data = &data.replace(".npz", "_test.npz");
     let request = Request { data: Some(fixture(data)), ..Request::default() };
     let samples = Samples::gather(model, &request).unwrap();
     let mut archive = zip::ZipArchive::new(std::fs::File::open(fixture(data)).unwrap()).unwrap();

@@ -19,10 +19,14 @@ pub(super) enum Entry {
     Extent(Axis),
 }
 
-/// Whether an operator takes a shape in a slot whose entries [`source`] follows.
+/// The slot in which an operator takes a shape whose entries [`source`] follows.
+pub(super) fn shape_slot(graph: &Graph, node: NodeId) -> Option<u32> {
+    let slots = [("Reshape", 1), ("Resize", 3), ("Expand", 1), ("ConstantOfShape", 0)];
+    slots.into_iter().find_map(|(op, slot)| graph.op_of(node, op).map(|_| slot))
+}
+
 fn takes_shape(graph: &Graph, node: NodeId, slot: u32) -> bool {
-    let slots: &[(&str, u32)] = &[("Reshape", 1), ("Resize", 3), ("Expand", 1), ("ConstantOfShape", 0)];
-    slots.iter().any(|&(op, at)| at == slot && graph.op_of(node, op).is_some())
+    shape_slot(graph, node) == Some(slot)
 }
 
 /// The source of entry `at` of the list that `reader` reads in `slot`, if nothing was computed with it.
@@ -68,7 +72,7 @@ fn find(graph: &Graph, shapes: &Shapes, reader: NodeId, slot: u32, at: usize, de
     (matches!(entry, Entry::Extent(_)) || (is_whole && is_private())).then_some(entry)
 }
 
-fn length(shapes: &Shapes, value: Outlet) -> Option<usize> {
+pub(super) fn length(shapes: &Shapes, value: Outlet) -> Option<usize> {
     shapes.known(value).map(|dims| dims.iter().product())
 }
 
@@ -102,9 +106,9 @@ fn goes(graph: &Graph, shapes: &Shapes, value: Outlet, at: usize, depth: usize) 
         match (graph.op(user)?.standard()?, slot) {
             ("Identity" | "Cast" | "Unsqueeze" | "Squeeze", 0) => Some(next(at)),
             ("Concat", _) => {
-                let before = graph.operands(user).into_iter().take(slot as usize);
-                let offset: usize = before.map(|part| length(shapes, part?)).sum::<Option<usize>>()?;
-                Some(next(offset + at))
+                let lengths = graph.operands(user).into_iter().map(|part| length(shapes, part?));
+                let lengths = lengths.collect::<Option<Vec<_>>>()?;
+                Some(next(lengths[..slot as usize].iter().sum::<usize>() + at))
             }
             ("Gather" | "Slice", 0) => {
                 let taken = taken(graph, shapes, user)?;

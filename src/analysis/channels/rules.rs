@@ -5,7 +5,10 @@ mod movement;
 
 use std::collections::BTreeSet;
 
-use super::{Axis, Channels, Count, Role, Side};
+use super::{
+    Axis, Channels, Count, Role, Side,
+    entries::{Entry, length, shape_slot, source},
+};
 use crate::{
     analysis::{ELEMENTWISE, shapes::Shapes},
     eval::axis,
@@ -28,8 +31,12 @@ pub(super) fn apply(channels: &mut Channels, graph: &Graph, shapes: &Shapes, nod
     // Before opset 7, operands were aligned by an attribute.
     let aligned = graph.opset() < 7 && op.standard().is_some_and(|op| BROADCAST.contains(&op));
     let done = if more || aligned { None } else { rule.dispatch() };
-    let seen = if done.is_some() { rule.seen } else { BTreeSet::new() };
     let why = format!("{} `{}` can't be seen through", op.op_type(), graph.label(node));
+    if done.is_none() {
+        rule.seen.clear();
+        rule.pin_what_is_spelled(&why);
+    }
+    let seen = rule.seen;
     let operands = graph.operands(node).into_iter().flatten().chain(graph.captures(node).into_values());
     let values: Vec<_> = operands.chain((0..graph.output_count(node)).map(|slot| node.at(slot))).collect();
     for value in values {
@@ -61,70 +68,50 @@ impl Rule<'_> {
             op if BROADCAST.contains(&op) => (0..self.graph.operands(self.node).len() as u32)
                 .try_for_each(|slot| self.broadcast(self.operand(slot)?, y)),
             "Softmax" | "LogSoftmax" | "Hardmax" => {
-                let rank = self.rank(x)?;
                 let new = self.graph.opset() >= 13;
-                let at = axis(self.op.int("axis").unwrap_or(if new { -1 } else { 1 }), rank)?;
-                self.same(x, y, &if new { vec![at] } else { (at..rank).collect() })
+                self.normalized_from(x, y, if new { -1 } else { 1 }, new)
             }
-            "BatchNormalization" | "InstanceNormalization" => {
-                for slot in 1..self.graph.operands(self.node).len() as u32 {
-                    self.tie((self.operand(slot)?, 0), (y, 1))?;
-                }
-                let mixed: Vec<_> =
-                    if self.op.is("InstanceNormalization") { (2..self.rank(x)?).collect() } else { vec![] };
-                self.same(x, y, &mixed)
-            }
+            "LayerNormalization" => self.normalized_from(x, y, -1, false),
+            "BatchNormalization" => self.normalized(x, y, &[]),
+            "InstanceNormalization" => self.normalized(x, y, &(2..self.rank(x)?).collect::<Vec<_>>()),
             "Conv" => self.conv(x, y),
             "ConvTranspose" => self.conv_transpose(x, y),
             "MaxPool" | "AveragePool" | "GlobalAveragePool" | "GlobalMaxPool" | "LpPool" | "GlobalLpPool" => {
                 self.tie((x, 0), (y, 0))?;
                 self.tie((x, 1), (y, 1))
             }
-            "Resize" | "Upsample" => {
-                self.tie((x, 0), (y, 0))?;
-                self.tie((x, 1), (y, 1))?;
-                match self.operand(3).filter(|_| self.op.attribute("axes").is_none()) {
-                    Some(_) => (0..self.rank(y)?).try_for_each(|a| self.spelled(3, a, (y, a))),
-                    None => self.operand(3).is_none().then_some(()),
-                }
-            }
+            "Resize" | "Upsample" => self.resize(x, y),
             "DepthToSpace" | "SpaceToDepth" => self.blocks_of_space(x, y),
-            "LayerNormalization" => {
-                let rank = self.rank(x)?;
-                let at = axis(self.op.int("axis").unwrap_or(-1), rank)?;
-                self.same(x, y, &(at..rank).collect::<Vec<_>>())
-            }
             "LSTM" | "GRU" | "RNN" => self.recurrent(x),
             "Gemm" => self.gemm(y),
             "MatMul" => self.matmul(y),
             "Concat" => self.concat(y),
             "Split" => self.split(x),
-            "Transpose" => {
-                let rank = self.rank(x)?;
-                let perm: Vec<_> = match self.op.ints("perm") {
-                    Some(perm) => perm.iter().map(|&p| axis(p, rank)).collect::<Option<_>>()?,
-                    None => (0..rank).rev().collect(),
-                };
-                perm.iter().enumerate().try_for_each(|(k, &p)| self.tie((x, p), (y, k)))
-            }
+            "Transpose" => self.transpose(x, y),
             "Reshape" => self.reshape(x, y),
             "Shape" => self.shape(x, y),
             "ConstantOfShape" => (0..self.rank(y)?).try_for_each(|a| {
                 self.seen.insert((y, a));
                 self.spelled(0, a, (y, a))
             }),
-            "Expand" => {
-                self.broadcast(x, y)?;
-                let spelled = self.shapes.known(self.operand(1)?)?.iter().product::<usize>();
-                let rank = self.rank(y)?;
-                (0..spelled).try_for_each(|a| self.spelled(1, a, (y, a + rank - spelled)))
-            }
+            "Expand" => self.expand(x, y),
             "Gather" => self.gather(x, y),
             "Flatten" | "Squeeze" | "Unsqueeze" => self.regroup(x, y),
             "Pad" => self.pad(x, y),
             "Slice" => self.slice(x, y),
             op if op.starts_with("Reduce") => self.reduce(x, y),
             _ => None,
+        }
+    }
+
+    /// Pins the extents that a shape is computed of which the rule could not follow.
+    fn pin_what_is_spelled(&mut self, why: &str) {
+        let Some(slot) = shape_slot(self.graph, self.node) else { return };
+        let entries = self.operand(slot).and_then(|shape| length(self.shapes, shape)).unwrap_or(0);
+        for at in 0..entries {
+            if let Some(Entry::Extent((value, axis))) = source(self.graph, self.shapes, self.node, slot, at) {
+                self.channels.pin_axis(value, axis, why);
+            }
         }
     }
 
@@ -176,6 +163,22 @@ impl Rule<'_> {
         }
         self.seen.extend((0..self.rank(y)?).map(|a| (y, a)));
         Some(())
+    }
+
+    /// Ties all axes but those over which a normalization by statistics of the operand itself takes them; its scales and the like
+    /// stand along axis 1.
+    fn normalized(&mut self, x: Outlet, y: Outlet, mixed: &[usize]) -> Option<()> {
+        for slot in 1..self.graph.operands(self.node).len() as u32 {
+            self.tie((self.operand(slot)?, 0), (y, 1))?;
+        }
+        self.same(x, y, mixed)
+    }
+
+    /// Ties all axes but the one that an attribute names, and where it is not `alone`, those after it.
+    fn normalized_from(&mut self, x: Outlet, y: Outlet, default: i64, alone: bool) -> Option<()> {
+        let rank = self.rank(x)?;
+        let at = axis(self.op.int("axis").unwrap_or(default), rank)?;
+        self.same(x, y, &(at..if alone { at + 1 } else { rank }).collect::<Vec<_>>())
     }
 
     fn reduce(&mut self, x: Outlet, y: Outlet) -> Option<()> {

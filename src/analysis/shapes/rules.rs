@@ -104,16 +104,52 @@ impl Rule<'_> {
     pub(super) fn fails(&self) -> bool {
         let rank = |slot: usize| self.dims(slot).map(Vec::len);
         let Some(x) = rank(0) else { return false };
+        let extent = |slot: usize, axis: usize| self.dims(slot)?.get(axis)?.and_then(Term::known);
+        let differ = |a: Option<i64>, b: Option<i64>| a.zip(b).is_some_and(|(a, b)| a != b);
         match self.op.standard() {
             Some("LSTM" | "GRU" | "RNN") => x != 3,
-            Some("Conv" | "ConvTranspose") => rank(1).is_some_and(|w| w != x),
-            Some("Gemm") => x != 2 || rank(1).is_some_and(|w| w != 2),
-            Some("Concat") => (1..self.inputs.len()).filter_map(rank).any(|other| other != x),
+            Some("Conv") => {
+                let read = extent(1, 1).and_then(|read| read.checked_mul(self.op.int("group").unwrap_or(1)));
+                rank(1).is_some_and(|w| w != x) || differ(extent(0, 1), read)
+            }
+            Some("ConvTranspose") => rank(1).is_some_and(|w| w != x) || differ(extent(0, 1), extent(1, 0)),
+            Some("Gemm") => {
+                let turned = |flag: &str| usize::from(self.op.int(flag) == Some(1));
+                let inner = (extent(0, 1 - turned("transA")), extent(1, turned("transB")));
+                x != 2 || rank(1).is_some_and(|w| w != 2) || differ(inner.0, inner.1)
+            }
+            Some("MatMul") => {
+                let inner = rank(1).and_then(|w| extent(1, w.saturating_sub(2)));
+                differ(x.checked_sub(1).and_then(|last| extent(0, last)), inner)
+            }
+            Some("Concat") => {
+                let along = self.op.int("axis").and_then(|a| axis(a, x));
+                let others = (1..self.inputs.len()).filter(|&slot| rank(slot).is_some());
+                let fails = |slot: usize| {
+                    let apart = (0..x).any(|a| Some(a) != along && differ(extent(0, a), extent(slot, a)));
+                    rank(slot) != Some(x) || along.is_some() && apart
+                };
+                others.into_iter().any(fails)
+            }
+            Some("Reshape") => {
+                let count = |dims: &[Dim]| product(dims).and_then(Term::known);
+                let wanted = self.reshape().as_deref().and_then(count);
+                differ(self.dims(0).and_then(|dims| count(dims)), wanted)
+            }
             Some("Squeeze") => {
                 let Given::Known(axes) = self.integers("axes", 1) else { return false };
                 let is_wide = |d: &Dim| d.and_then(Term::known).is_some_and(|d| d != 1);
                 let fails = |a: i64| axis(a, x).is_none_or(|a| self.dims(0).is_some_and(|dims| is_wide(&dims[a])));
                 axes.into_iter().flatten().any(fails)
+            }
+            Some("Add" | "Sub" | "Mul" | "Div") if self.opset >= 7 => {
+                let ranks = (0..2).map(rank).collect::<Option<Vec<_>>>().unwrap_or_default();
+                let from_end = |slot: usize, back: usize| extent(slot, ranks[slot].checked_sub(back)?);
+                let fails = |back: usize| {
+                    let both = from_end(0, back).zip(from_end(1, back));
+                    both.is_some_and(|(a, b)| a != b && a != 1 && b != 1)
+                };
+                (1..=ranks.iter().copied().min().unwrap_or(0)).any(fails)
             }
             _ => false,
         }

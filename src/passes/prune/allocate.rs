@@ -9,7 +9,7 @@ use std::{
 use super::{Group, curve::Curve};
 use crate::{
     analysis::{channels::Channels, cost::macs, shapes::Shapes},
-    ir::{Graph, Kind, Outlet},
+    ir::{Graph, Kind, NodeId, Outlet},
     pass::{Minimize, Price},
 };
 
@@ -92,21 +92,8 @@ impl Costs {
                 let axes: Vec<_> = (0..constant.weight.value().dims().len()).map(|axis| (id.out(), axis)).collect();
                 term(constant.weight.stored_bytes() as f64, &axes);
             }
-            let Some(macs) = macs(graph, shapes, id).filter(|_| minimize == Minimize::Macs) else { continue };
-            let (y, rank) = (id.out(), shapes.rank(id.out()).unwrap_or(0));
-            let Some(op) = graph.op(id) else { continue };
-            let axes = if op.is("Conv") || op.is("ConvTranspose") {
-                graph.operand(id, 1).map(|w| vec![(w, 0), (w, 1)])
-            } else {
-                let inner = |a: Outlet| {
-                    let rank = shapes.rank(a)?;
-                    let flipped = op.is("Gemm") && op.int("transA") == Some(1);
-                    Some((a, if flipped { 0 } else { rank.checked_sub(1)? }))
-                };
-                let results = (0..rank).map(|axis| (y, axis));
-                graph.operand(id, 0).and_then(inner).map(|inner| results.chain([inner]).collect())
-            };
-            if let Some(axes) = axes {
+            let macs = macs(graph, shapes, id).filter(|_| minimize == Minimize::Macs);
+            if let Some((macs, axes)) = macs.zip(factors(graph, shapes, id)) {
                 term(macs as f64, &axes);
             }
         }
@@ -136,6 +123,19 @@ impl Costs {
         };
         terms.map(each).sum()
     }
+}
+
+/// The axes whose extents the multiply-adds of a layer are the product of, but for some that no channels stand along.
+fn factors(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Vec<(Outlet, usize)>> {
+    let op = graph.op(node)?;
+    if op.is("Conv") || op.is("ConvTranspose") {
+        return graph.operand(node, 1).map(|weight| vec![(weight, 0), (weight, 1)]);
+    }
+    let a = graph.operand(node, 0)?;
+    let flipped = op.is("Gemm") && op.int("transA") == Some(1);
+    let inner = if flipped { 0 } else { shapes.rank(a)?.checked_sub(1)? };
+    let results = (0..shapes.rank(node.out()).unwrap_or(0)).map(|axis| (node.out(), axis));
+    Some(results.chain([(a, inner)]).collect())
 }
 
 /// The counts that a group can be left with, from the full one down, each with the error there and the slope towards it: the

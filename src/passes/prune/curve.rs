@@ -15,6 +15,8 @@ pub(super) struct Curve {
     pub(super) order: Vec<usize>,
     /// The error, relative and squared, summed over readers, when as many are gone and the readers make up for it.
     pub(super) errors: Vec<f64>,
+    /// Whether nothing is known of what is read, so that the errors are shares of norms.
+    pub(super) is_blind: bool,
 }
 
 /// The curve is checked on samples that the fit has not seen at so many points.
@@ -155,7 +157,7 @@ impl Curve {
             error
         });
         let errors = errors.collect();
-        Self { order, errors }
+        Self { order, errors, is_blind: true }
     }
 }
 
@@ -170,7 +172,7 @@ struct Walk {
 
 impl Walk {
     fn new(readers: Vec<Reader>, count: usize) -> Self {
-        let curve = Curve { order: Vec::new(), errors: Vec::new() };
+        let curve = Curve { order: Vec::new(), errors: Vec::new(), is_blind: false };
         Self { readers, curve, every: count.div_ceil(CHECKS).max(1), checks: vec![(0, 0.0)] }
     }
 

@@ -115,8 +115,9 @@ impl Score {
             Self::Onorm => norms(graph, channels, group, Role::Reads, |sum, each| sum / each, f64::abs),
             Self::Fpgm => distances(graph, channels, group),
             Self::Random => {
-                let mut random =
-                    Xoshiro256PlusPlus::seed_from_u64(group.units.iter().fold(1, |s, &u| s * 31 + u as u64));
+                let mut random = Xoshiro256PlusPlus::seed_from_u64(
+                    group.units.iter().fold(1, |s: u64, &u| s.wrapping_mul(31).wrapping_add(u as u64)),
+                );
                 (0..count).map(|_| random.next_u64() as f64).collect()
             }
             Self::Apoz => over_readers(&|statistic| statistic.zeros.iter().map(|zeros| 1.0 - zeros).collect()),

@@ -82,12 +82,15 @@ impl Rule<'_> {
             self.channels.tie_by((list, 1), hidden, |i| i % units)?;
             self.seen.insert((list, 1));
         }
-        let made = (0..self.graph.output_count(self.node)).map(|slot| self.node.at(slot));
-        let made = made.filter(|&state| self.graph.is_output(state) || !self.graph.uses(state).is_empty());
-        let states: Vec<_> = made.chain([self.operand(5), self.operand(6)].into_iter().flatten()).collect();
-        for state in states {
-            let of_state = last(self, state)?;
-            self.tie(of_state, hidden)?;
+        let node = self.node;
+        let states = (0..self.graph.output_count(node)).map(|slot| node.at(slot));
+        let given = [self.operand(5), self.operand(6)].into_iter().flatten();
+        for state in states.chain(given).collect::<Vec<_>>() {
+            let is_read = self.graph.is_output(state) || !self.graph.uses(state).is_empty();
+            let tied = last(self, state).and_then(|of_state| self.tie(of_state, hidden));
+            if is_read && tied.is_none() {
+                return None;
+            }
         }
         self.side(weight, 2, Role::Reads);
         self.side(weight, 1, Role::Makes);

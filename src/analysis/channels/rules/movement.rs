@@ -4,7 +4,7 @@ use super::{Count, Role, Rule};
 use crate::{
     analysis::channels::{
         Axis,
-        entries::{Entry, escapes, source},
+        entries::{Entry, escapes, length, source},
     },
     eval::{axis, slice_indices},
     ir::{Outlet, Tensor},
@@ -27,13 +27,14 @@ impl Rule<'_> {
     /// Ties what is taken, forwards and without gaps, to what becomes of it.
     pub(super) fn slice(&mut self, x: Outlet, y: Outlet) -> Option<()> {
         let rank = self.rank(x)?;
+        // What is given, but not as a constant, is not known.
         let bounds = |slot: u32, name: &str| match self.operand(slot) {
-            Some(list) => self.graph.constant(list)?.i64s(),
-            None => Some(self.op.ints(name)?.to_vec()),
+            Some(list) => self.graph.constant(list)?.i64s().map(Some),
+            None => Some(self.op.ints(name).map(<[i64]>::to_vec)),
         };
-        let (starts, ends) = (bounds(1, "starts")?, bounds(2, "ends")?);
-        let axes = bounds(3, "axes").unwrap_or_else(|| (0..starts.len() as i64).collect());
-        let steps = bounds(4, "steps").unwrap_or_else(|| vec![1; starts.len()]);
+        let (starts, ends) = (bounds(1, "starts")??, bounds(2, "ends")??);
+        let axes = bounds(3, "axes")?.unwrap_or_else(|| (0..starts.len() as i64).collect());
+        let steps = bounds(4, "steps")?.unwrap_or_else(|| vec![1; starts.len()]);
         if [ends.len(), axes.len(), steps.len()] != [starts.len(); 3] {
             return None;
         }
@@ -47,6 +48,9 @@ impl Rule<'_> {
             if steps[entry] != 1 || range.is_empty() {
                 self.channels.pin_axis(x, a, "a Slice names positions along it");
                 continue;
+            }
+            if self.channels.extent(y, a)? != range.len() {
+                return None;
             }
             self.channels.tie_by((y, a), (x, a), |i| range.start + i)?;
             self.seen.extend([(x, a), (y, a)]);
@@ -129,8 +133,10 @@ impl Rule<'_> {
     /// Ties an extent of the result to what spells it: entry `at` of the shape that is read in `slot`.
     pub(super) fn spelled(&mut self, slot: u32, at: usize, of: Axis) -> Option<()> {
         self.seen.insert((self.operand(slot)?, 0));
+        let extent = self.channels.extent(of.0, of.1).map(|extent| extent as i64);
         match source(self.graph, self.shapes, self.node, slot, at) {
-            Some(Entry::Constant { value, .. }) if value < 1 => Some(()),
+            // Of what is copied, or inferred, or broadcast to more, nothing is spelled.
+            Some(Entry::Constant { value, .. }) if Some(value) != extent => Some(()),
             Some(Entry::Constant { reader, slot, at, .. }) => {
                 let same = |count: &Count| match *count {
                     Count::Entry { reader: r, slot: s, at: a, of } => ((r, s, a) == (reader, slot, at)).then_some(of),
@@ -142,28 +148,51 @@ impl Rule<'_> {
                 self.channels.counts.push(Count::Entry { reader, slot, at, of });
                 Some(())
             }
-            Some(Entry::Extent(read)) => {
-                if self.channels.tie(read, of).is_none() {
-                    self.channels.pin_axis(of.0, of.1, "its extent is computed");
+            Some(Entry::Extent(read)) if self.channels.tie(read, of).is_some() => Some(()),
+            entry => {
+                const WHY: &str = "its extent is computed";
+                self.channels.pin_axis(of.0, of.1, WHY);
+                if let Some(Entry::Extent((value, axis))) = entry {
+                    self.channels.pin_axis(value, axis, WHY);
                 }
-                Some(())
-            }
-            None => {
-                self.channels.pin_axis(of.0, of.1, "its extent is computed");
                 Some(())
             }
         }
     }
 
+    pub(super) fn transpose(&mut self, x: Outlet, y: Outlet) -> Option<()> {
+        let rank = self.rank(x)?;
+        let perm: Vec<_> = match self.op.ints("perm") {
+            Some(perm) => perm.iter().map(|&p| axis(p, rank)).collect::<Option<_>>()?,
+            None => (0..rank).rev().collect(),
+        };
+        perm.iter().enumerate().try_for_each(|(k, &p)| self.tie((x, p), (y, k)))
+    }
+
+    pub(super) fn expand(&mut self, x: Outlet, y: Outlet) -> Option<()> {
+        self.broadcast(x, y)?;
+        let spelled = length(self.shapes, self.operand(1)?)?;
+        let shift = self.rank(y)?.checked_sub(spelled)?;
+        (0..spelled).try_for_each(|a| self.spelled(1, a, (y, a + shift)))
+    }
+
+    pub(super) fn resize(&mut self, x: Outlet, y: Outlet) -> Option<()> {
+        self.tie((x, 0), (y, 0))?;
+        self.tie((x, 1), (y, 1))?;
+        match self.operand(3) {
+            Some(_) if self.op.attribute("axes").is_some() => None,
+            Some(_) => (0..self.rank(y)?).try_for_each(|a| self.spelled(3, a, (y, a))),
+            None => Some(()),
+        }
+    }
+
     pub(super) fn reshape(&mut self, x: Outlet, y: Outlet) -> Option<()> {
         self.regroup(x, y)?;
-        let shape = self.operand(1)?;
         let zero_copies = self.op.int("allowzero") != Some(1);
-        let constant = self.graph.constant(shape).and_then(Tensor::i64s);
         for k in 0..self.rank(y)? {
-            let is_zero = constant.as_ref().is_some_and(|entries| entries.get(k) == Some(&0));
-            if is_zero && zero_copies && self.channels.tie((x, k), (y, k)).is_none() {
-                return None;
+            let entry = source(self.graph, self.shapes, self.node, 1, k);
+            if zero_copies && matches!(entry, Some(Entry::Constant { value: 0, .. })) {
+                self.channels.tie((x, k), (y, k))?;
             }
             self.spelled(1, k, (y, k))?;
         }
