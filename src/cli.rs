@@ -147,7 +147,8 @@ pub struct Shrink {
     /// Save what layers read over the samples.
     #[arg(long, value_name = "FILE", requires = "data")]
     pub save_moments: Option<PathBuf>,
-    /// Layers that read vectors of more elements are not calibrated: a statistic takes 8 bytes for the square of that.
+    /// Convolutions that read patches of more elements are calibrated by their channels alone, and layers that read longer
+    /// vectors even so not at all: a statistic takes 8 bytes for the square of that.
     #[arg(long, value_name = "D", default_value_t = MAX_GRAM_DIM)]
     pub max_gram_dim: usize,
     /// Write what was done as JSON; - is standard output.

@@ -125,8 +125,8 @@ impl Originals {
     }
 }
 
-/// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`; says how
-/// many layers were fitted.
+/// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`, but for
+/// those that read vectors of more than `max_size` elements; says how many layers were fitted.
 ///
 /// # Errors
 ///
@@ -136,10 +136,11 @@ pub fn refit(
     original: &Model,
     model: &mut Model,
     kept: &Kept,
-    samples: &[Vec<Value>],
+    (samples, max_size): (&[Vec<Value>], usize),
     progress: &mut dyn FnMut(&str),
 ) -> Result<usize, Cannot> {
     let mut targets = targets(original, model, kept);
+    targets.retain(|target| target.linear.columns <= max_size);
     if samples.is_empty() || targets.is_empty() {
         return Ok(0);
     }

@@ -52,7 +52,7 @@ pub struct Job {
     pub chain: bool,
     /// What layers read, from files; else it is collected from samples.
     pub moments: Option<Arc<moments::Table>>,
-    /// Layers that read larger vectors are not calibrated.
+    /// Layers that read longer vectors are calibrated by their channels alone, or not at all.
     pub max_gram_dim: usize,
     /// Layers that lossy passes leave alone.
     pub keep: Vec<globset::Glob>,

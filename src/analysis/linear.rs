@@ -15,6 +15,7 @@ use crate::{
 /// - `Gemm` and `MatMul`: x is a row of the operand, d its last axis.
 /// - `Conv`: x is the patch that a filter reads, in the order (channel, kernel), zeros of the padding included.
 /// - `ConvTranspose`: x is a pixel of the operand, and y what it adds to the result, in the order (channel, kernel).
+/// - `Conv` [by pixels](Linear::by_pixels): x is a pixel of the operand, and y what it adds to the results around it.
 /// - Recurrences: x is a row of the operand, or a state of the layer; y is what it adds to the gates. Each direction is a
 ///   group.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ pub struct Linear {
     pub columns: usize,
     /// Columns for each channel that is read, next to each other: the size of the kernel of a `Conv`.
     pub taps: usize,
-    /// Rows for each channel that is made: the size of the kernel of a `ConvTranspose`.
+    /// Rows for each channel that is made, where x is a pixel: the size of the kernel.
     pub spread: usize,
     form: Form,
 }
@@ -47,6 +48,8 @@ enum Form {
     Patches(Window),
     /// Rows are in the order (channel, kernel).
     Pixels,
+    /// The same of a `Conv`.
+    Taps,
     /// The rows of what is read go to the gates of each direction.
     Gates,
     /// The states of each direction, which stand along an axis of what is read.
@@ -186,13 +189,28 @@ impl Linear {
         parts.into_iter().filter_map(layer).collect()
     }
 
+    /// A `Conv` as what each pixel adds to the results around it, in the order (channel, kernel): vectors are shorter by the
+    /// size of the kernel, and what is known of them is less.
+    #[must_use]
+    pub fn by_pixels(&self) -> Option<Self> {
+        let Form::Patches(_) = self.form else { return None };
+        let (rows, columns) = (self.rows * self.taps, self.columns / self.taps);
+        Some(Self { rows, columns, taps: 1, spread: self.taps, form: Form::Taps, ..self.clone() })
+    }
+
+    /// The layer as it reads vectors of at most `size` elements, if it does in some way.
+    #[must_use]
+    pub fn at_most(self, size: usize) -> Option<Self> {
+        if self.columns <= size { Some(self) } else { self.by_pixels().filter(|coarse| coarse.columns <= size) }
+    }
+
     /// A name for the vectors that it reads: layers that cut one value in one way read the same.
     #[must_use]
     pub fn source(&self, graph: &Graph) -> String {
         let how = match &self.form {
             Form::Dense { .. } | Form::Gates => "rows".to_owned(),
             Form::States { .. } => "states".to_owned(),
-            Form::Pixels => "pixels".to_owned(),
+            Form::Pixels | Form::Taps => "pixels".to_owned(),
             Form::Patches(window) => format!(
                 "patches of {:?} by {:?} at {:?} in {:?}",
                 window.kernel, window.strides, window.dilations, window.pads
@@ -228,7 +246,11 @@ impl Linear {
     pub fn rows_of(&self, index: usize, group: usize) -> Range<usize> {
         match self.form {
             Form::Pixels => index * self.spread..(index + 1) * self.spread,
-            Form::Dense { .. } | Form::Patches(_) if index / self.rows != group => 0..0,
+            Form::Dense { .. } | Form::Patches(_) | Form::Taps if index / (self.rows / self.spread) != group => 0..0,
+            Form::Taps => {
+                let channel = index % (self.rows / self.spread);
+                channel * self.spread..(channel + 1) * self.spread
+            }
             _ => index % self.rows..index % self.rows + 1,
         }
     }
@@ -238,7 +260,7 @@ impl Linear {
     pub fn channel_axis(&self, value: &Value) -> usize {
         match self.form {
             Form::Dense { .. } | Form::Gates | Form::States { .. } => value.dims.len().saturating_sub(1),
-            Form::Patches(_) | Form::Pixels => 1,
+            Form::Patches(_) | Form::Pixels | Form::Taps => 1,
         }
     }
 
@@ -246,7 +268,7 @@ impl Linear {
     #[must_use]
     pub fn output_axis(&self) -> usize {
         match self.form {
-            Form::Dense { stored: true } | Form::Patches(_) => 0,
+            Form::Dense { stored: true } | Form::Patches(_) | Form::Taps => 0,
             Form::Dense { stored: false } | Form::Pixels | Form::Gates | Form::States { .. } => 1,
         }
     }
@@ -257,6 +279,10 @@ impl Linear {
         let size = self.rows * self.columns;
         let group = |values: &[f64]| match self.form {
             Form::Dense { stored: false } | Form::Pixels => DMatrix::from_column_slice(self.rows, self.columns, values),
+            Form::Taps => {
+                let place = |row: usize, column: usize| self.place_of_tap(row, column);
+                DMatrix::from_fn(self.rows, self.columns, |row, column| values[place(row, column)])
+            }
             _ => DMatrix::from_row_slice(self.rows, self.columns, values),
         };
         values.chunks_exact(size).take(self.groups).map(group).collect()
@@ -267,9 +293,23 @@ impl Linear {
     pub fn elements(&self, matrices: &[DMatrix<f64>]) -> Vec<f64> {
         let flat = |matrix: &DMatrix<f64>| match self.form {
             Form::Dense { stored: false } | Form::Pixels => matrix.as_slice().to_vec(),
+            Form::Taps => {
+                let mut values = vec![0.0; matrix.len()];
+                for (column, elements) in matrix.column_iter().enumerate() {
+                    for (row, &value) in elements.iter().enumerate() {
+                        values[self.place_of_tap(row, column)] = value;
+                    }
+                }
+                values
+            }
             _ => matrix.transpose().as_slice().to_vec(),
         };
         matrices.iter().flat_map(flat).collect()
+    }
+
+    /// Where an element of the matrix of a group stands in the filters of a `Conv` by pixels.
+    fn place_of_tap(&self, row: usize, column: usize) -> usize {
+        (row / self.spread * self.columns + column) * self.spread + row % self.spread
     }
 
     /// How many vectors an operand holds.
@@ -278,7 +318,7 @@ impl Linear {
         match &self.form {
             Form::Dense { .. } | Form::Gates => x.dims.iter().rev().skip(1).product(),
             Form::States { .. } => x.dims.iter().rev().skip(1).product::<usize>() / self.groups,
-            Form::Pixels => x.dims[0] * x.dims[2..].iter().product::<usize>(),
+            Form::Pixels | Form::Taps => x.dims[0] * x.dims[2..].iter().product::<usize>(),
             Form::Patches(window) => {
                 x.dims[0] * (0..window.kernel.len()).map(|a| window.slide(a, x.dims[a + 2]).0).product::<usize>()
             }
@@ -304,7 +344,7 @@ impl Linear {
                 };
                 (0..self.groups).map(of_direction).collect()
             }
-            Form::Pixels => self.split(&pixels(x, positions)),
+            Form::Pixels | Form::Taps => self.split(&pixels(x, positions)),
             Form::Patches(window) => self.split(&self.patches(window, x, positions)),
         }
     }
@@ -319,7 +359,7 @@ impl Linear {
     #[must_use]
     pub fn results(&self, y: &Value, positions: &[usize]) -> DMatrix<f64> {
         match self.form {
-            Form::Patches(_) | Form::Pixels => pixels(y, positions),
+            Form::Patches(_) | Form::Pixels | Form::Taps => pixels(y, positions),
             _ => rows(y, y.dims.last().copied().unwrap_or(1), positions),
         }
     }

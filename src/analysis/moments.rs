@@ -143,7 +143,8 @@ pub fn positions(count: usize, source: &str, sample: u64) -> Vec<usize> {
     drawn.into_iter().collect()
 }
 
-/// What the layers of `model` read, over `samples`; layers of more than `max_size` columns are left out.
+/// What the layers of `model` read, over `samples`; a `Conv` that reads patches of more than `max_size` elements is looked at by
+/// pixels, and layers whose vectors are longer even so are left out.
 ///
 /// # Errors
 ///
@@ -156,7 +157,7 @@ pub fn collect(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Table, Cannot> {
     let mut sources: BTreeMap<String, Linear> = BTreeMap::new();
-    for linear in Linear::all(&model.graph).into_iter().filter(|linear| linear.columns <= max_size) {
+    for linear in Linear::all(&model.graph).into_iter().filter_map(|linear| linear.at_most(max_size)) {
         sources.entry(linear.source(&model.graph)).or_insert(linear);
     }
     let mut inputs: Vec<Outlet> = sources.values().map(|linear| linear.input).collect();

@@ -24,6 +24,8 @@ pub(super) struct Stage<'a> {
     /// The items from the first lossy one on.
     pub(super) items: &'a [Item],
     engine: &'a Engine,
+    /// The longest vectors whose covariance is taken.
+    max_size: usize,
     /// Samples for fitting, and what the original computes on them.
     fit: Vec<Vec<Value>>,
     originals: Originals,
@@ -104,6 +106,7 @@ impl<'a> Stage<'a> {
             start: (model, outcomes),
             items,
             engine,
+            max_size: job.max_gram_dim,
             fit,
             originals: Originals::default(),
             refits: Mutex::default(),
@@ -161,7 +164,7 @@ impl<'a> Stage<'a> {
         progress: &mut dyn FnMut(&str),
     ) -> std::result::Result<Refit, ShrinkError> {
         let mut fitted = model.clone();
-        refit((self.engine, &self.originals), &self.start.0, &mut fitted, kept, &self.fit, progress)?;
+        refit((self.engine, &self.originals), &self.start.0, &mut fitted, kept, (&self.fit, self.max_size), progress)?;
         let (plain, better) = (judge.compare(&model)?, judge.compare(&fitted)?);
         if better.error.is_nan() || better.error > plain.error {
             return Ok(Refit { model, helped: false, difference: Some(plain) });
@@ -169,7 +172,14 @@ impl<'a> Stage<'a> {
         if !self.choose.is_empty() {
             let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
             fitted = model;
-            refit((self.engine, &Originals::default()), &self.start.0, &mut fitted, kept, &all, progress)?;
+            refit(
+                (self.engine, &Originals::default()),
+                &self.start.0,
+                &mut fitted,
+                kept,
+                (&all, self.max_size),
+                progress,
+            )?;
         }
         Ok(Refit { model: fitted, helped: true, difference: Some(better).filter(|_| self.choose.is_empty()) })
     }

@@ -75,6 +75,9 @@ fn vectors_times_matrices_are_what_the_engine_computes() {
         let constant = graph.constant(linear.weight).unwrap().f64s().unwrap();
         let matrices = linear.matrices(&constant);
         assert_eq!(linear.elements(&matrices), constant, "{nodes}");
+        if let Some(coarse) = linear.by_pixels() {
+            assert_eq!(coarse.elements(&coarse.matrices(&constant)), constant, "{nodes}");
+        }
         let bias = graph.operand(linear.node, 2).map(|bias| graph.constant(bias).unwrap().f64s().unwrap());
         for (group, (matrix, x)) in matrices.iter().zip(linear.vectors(&sample[0], &all)).enumerate() {
             let made = matrix * x;
@@ -220,7 +223,7 @@ fn a_refit_brings_a_net_closer_to_the_original() {
         let (mut after, cx) = prune(&model, &format!(":ratio={ratio}"), &fit);
         let before = error(&model, &after, &last);
         let fitted =
-            refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, &fit, &mut |_| {})
+            refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, (&fit, 600), &mut |_| {})
                 .unwrap();
         assert!(fitted > 0);
         let refitted = error(&model, &after, &last);
@@ -238,7 +241,7 @@ fn a_refit_of_what_did_not_change_does_nothing() {
             &model,
             &mut same,
             &Kept::new(),
-            &samples(8, &[1, 6]),
+            (&samples(8, &[1, 6]), 600),
             &mut |_| {}
         )
         .unwrap(),
@@ -260,7 +263,7 @@ fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
     let (mut after, cx) = prune(&model, ":ratio=0.5", &samples);
     let before = error(&model, &after, &samples);
     assert!(
-        refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, &samples, &mut |_| {})
+        refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, (&samples, 600), &mut |_| {})
             .unwrap()
             > 0
     );
@@ -284,4 +287,28 @@ fn a_model_that_is_bound_to_one_size_of_batch_is_told_from_others() {
     assert_eq!(takes(" y = Slice (x, zero, one, zero)").unwrap(), Some(false));
     assert_eq!(takes(" s = ReduceMean <axes = [0]> (x)\n y = Add (x, s)").unwrap(), Some(false));
     assert!(takes(" y = Reshape (x, row)").is_err());
+}
+
+#[test]
+fn convolutions_beyond_the_largest_statistic_make_up_by_their_channels() {
+    let model = Model::open(&fixture("models/fmnist_resnet14.onnx")).unwrap();
+    let error = |passes: &str, max_gram_dim: usize| {
+        let job = Job {
+            items: pipeline::parse(passes).unwrap(),
+            request: Request { data: Some(fixture("data/fashion.npz")), ..Request::default() },
+            max_error: Some(f64::INFINITY),
+            max_gram_dim,
+            ..Job::default()
+        };
+        let (small, report) = shrink(&model, &job, &mut |_| {}).unwrap();
+        assert!(small.encode().len() < model.encode().len() * 9 / 10);
+        report.difference.unwrap().error
+    };
+    // Patches of 3x3 from 16 channels and more are longer than 128, but nothing has more channels than that.
+    let (blind, coarse, fine) = (
+        error("prune:ratio=0.2:score=l2:compensate=none", 128),
+        error("prune:ratio=0.2:score=l2:compensate=fit", 128),
+        error("prune:ratio=0.2:score=l2:compensate=fit", 4608),
+    );
+    assert!(fine < coarse && coarse < blind, "{fine} {coarse} {blind}");
 }

@@ -50,11 +50,13 @@ impl Statistic {
 
     fn find(graph: &Graph, weight: Outlet, axis: usize, (table, others): (&Table, &Table)) -> Option<Vec<Self>> {
         let readers = readers_of(graph, weight);
-        let first = readers.first()?;
-        if readers.len() != graph.uses(weight).len() || axis == first.output_axis() {
+        if readers.len() != graph.uses(weight).len() || axis == readers.first()?.output_axis() {
             return None;
         }
-        let moments = together(table, graph, &readers)?;
+        let by_pixels: Option<Vec<_>> = readers.iter().map(Linear::by_pixels).collect();
+        let known = |readers: Vec<Linear>| Some((together(table, graph, &readers)?, readers));
+        let (moments, readers) = known(readers).or_else(|| known(by_pixels?))?;
+        let first = &readers[0];
         let others = together(others, graph, &readers);
         let matrices = first.matrices(&graph.constant(weight)?.f64s()?);
         let of_group = |(group, weight): (usize, DMatrix<f64>)| {
@@ -107,6 +109,7 @@ impl Statistic {
 struct Change {
     node: NodeId,
     slot: u32,
+    by_pixels: bool,
     groups: Vec<(DMatrix<f64>, DVector<f64>)>,
 }
 
@@ -150,7 +153,8 @@ impl Compensation {
             let Some(groups) = statistics.iter().filter_map(part).collect::<Option<Vec<_>>>() else { continue };
             for reader in readers_of(graph, side.weight) {
                 let (node, slot) = (reader.node, reader.slot());
-                changes.insert((node, slot), Change { node, slot, groups: groups.clone() });
+                let by_pixels = reader.columns != linear.columns;
+                changes.insert((node, slot), Change { node, slot, by_pixels, groups: groups.clone() });
             }
         }
         Self(changes.into_values().collect())
@@ -160,6 +164,7 @@ impl Compensation {
     pub(super) fn apply(self, graph: &mut Graph, pass: &str) -> usize {
         let apply = |change: Change| {
             let linear = Linear::within(graph, change.node).into_iter().find(|linear| linear.slot() == change.slot)?;
+            let linear = if change.by_pixels { linear.by_pixels()? } else { linear };
             let (matrices, shifts): (Vec<_>, Vec<_>) = change.groups.into_iter().unzip();
             let shape = (linear.rows, linear.columns);
             if matrices.len() != linear.groups || matrices.iter().any(|matrix| matrix.shape() != shape) {
