@@ -27,7 +27,7 @@ use onnx_shrink::{
     pass::{Fidelity, Minimize},
     passes::{PASSES, find},
     pipeline::{self, Item, Outcome},
-    shrink::{self, BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, shrink},
+    shrink::{self, BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Predictions, Report, ShrinkError, shrink},
     text,
     verify::{
         Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
@@ -359,6 +359,12 @@ fn table(report: &Report, verbose: bool) -> String {
                 text,
                 "certificate: the top class changed on {changed} of {samples} samples that nothing had seen, so with {confidence} % \
                  confidence on at most {bound:.2} % of such inputs, which bounds the loss of accuracy too"
+            );
+        }
+        if let Some(Predictions { steps, median, worst }) = report.predictions {
+            let _ = writeln!(
+                text,
+                "errors were predicted within a factor of {median:.1} in the median of {steps} steps, {worst:.1} at worst"
             );
         }
         for name in &difference.unexercised {

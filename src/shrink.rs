@@ -6,7 +6,10 @@ mod lossy;
 mod search;
 mod stage;
 
-pub use self::chain::{Link, table};
+pub use self::{
+    chain::{Link, table},
+    search::Predictions,
+};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -99,6 +102,8 @@ pub struct Report {
     pub certificate: Option<Certificate>,
     /// The error budget of lossy passes.
     pub budget: Option<f64>,
+    /// How well the errors of the steps of the search were predicted.
+    pub predictions: Option<Predictions>,
     /// Whether the samples were random.
     pub random_inputs: bool,
     /// Results of falling size, where they were asked for.

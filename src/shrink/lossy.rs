@@ -203,7 +203,9 @@ impl<'a> Lossy<'a> {
         let (mut aim, limit) = (budget * margin, budget * f64::midpoint(margin, 1.0));
         let mut search = Search::new(stage, cx, &seen);
         for _ in 0..RETRIES {
-            let Some(trial) = search.best(&|d| allowed(d, aim), (aim, budget), self.progress)? else { break };
+            let best = search.best(&|d| allowed(d, aim), (aim, budget), self.progress)?;
+            self.report.predictions = search.predictions();
+            let Some(trial) = best else { break };
             (self.progress)("verifying on samples that the search did not see");
             let difference = last.compare(&trial.model)?;
             self.looks += 1;

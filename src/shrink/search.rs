@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{ShrinkError, stage::Stage};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
-    pass::{Context, Price},
+    pass::{Context, Fidelity, Price},
     pipeline::Outcome,
     verify::{Difference, Reference},
 };
@@ -29,6 +30,8 @@ const RAISES: usize = 4;
 const MAX_REFUSED: usize = 2;
 /// Only of a model whose error is at most so many times what is aimed at does a refit tell of others.
 const WITHIN_REACH: f64 = 4.0;
+/// Larger errors are not in proportion to what layers make of them any more.
+const PREDICTABLE: f64 = 0.3;
 /// How often the passes are measured alone: at the first guess, and at the price that this led to.
 const CALIBRATIONS: usize = 2;
 
@@ -40,6 +43,10 @@ pub(super) struct Search<'a> {
     reference: &'a Reference,
     /// Measured over predicted error, squared, of each item alone.
     factors: Vec<f64>,
+    /// The same of all items together in the last step.
+    correction: f64,
+    /// Predicted and measured errors of the steps that say something about predictions.
+    steps: Vec<(f64, f64)>,
     /// What came of each model that was tried, by the hash of its bytes: different prices often lead to one model.
     seen: BTreeMap<u64, Difference>,
     tried: usize,
@@ -52,6 +59,17 @@ pub(super) struct Search<'a> {
     /// The bytes of the start, and of the smallest model inside the budget.
     bytes: usize,
     smallest: Option<usize>,
+}
+
+/// How far predicted errors were from measured ones, over the steps of a search.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Predictions {
+    /// How many steps that led to different models, of errors below 0.3.
+    pub steps: usize,
+    /// The factor between both in the median.
+    pub median: f64,
+    /// The largest.
+    pub worst: f64,
 }
 
 /// A model that the search tried.
@@ -100,6 +118,13 @@ struct Best<'p> {
     trial: Option<Trial>,
 }
 
+impl Trial {
+    /// The error that its passes predict, squared.
+    fn predicted(&self) -> f64 {
+        self.outcomes.iter().map(|outcome| outcome.predicted).sum()
+    }
+}
+
 impl Best<'_> {
     /// Keeps `trial` if it is inside the budget and the smallest so far; says whether it is inside.
     fn offer(&mut self, trial: Trial) -> bool {
@@ -116,7 +141,30 @@ impl<'a> Search<'a> {
         let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
         let bytes = Cost::bytes(&stage.start.0);
         let refitted = BTreeSet::new();
-        Self { stage, cx, reference, factors, seen, tried: 0, aim: 0.0, refused: 0, refitted, bytes, smallest: None }
+        Self {
+            stage,
+            cx,
+            reference,
+            factors,
+            correction: 1.0,
+            steps: Vec::new(),
+            seen,
+            tried: 0,
+            aim: 0.0,
+            refused: 0,
+            refitted,
+            bytes,
+            smallest: None,
+        }
+    }
+
+    /// How far the errors that were predicted were from those that were measured; `None` where there was nothing to predict.
+    pub(super) fn predictions(&self) -> Option<Predictions> {
+        let ratio = |&(predicted, measured): &(f64, f64)| (predicted / measured).max(measured / predicted);
+        let mut ratios: Vec<f64> = self.steps.iter().map(ratio).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (median, worst) = (*ratios.get(ratios.len() / 2)?, *ratios.last()?);
+        Some(Predictions { steps: ratios.len(), median, worst })
     }
 
     /// The smallest model found inside the budget, if there is any besides the start.
@@ -228,11 +276,11 @@ impl<'a> Search<'a> {
             for _ in 0..RAISES {
                 let prices = vec![Price::per_byte(price / self.factors[i]); self.stage.items.len()];
                 let trial = self.measure(&prices, &others, f64::INFINITY, progress)?;
-                let predicted: f64 = trial.outcomes.iter().map(|outcome| outcome.predicted).sum();
+                let predicted = trial.predicted();
                 let measured = trial.difference.error.powi(2);
                 if predicted > 0.0 {
                     if measured.is_finite() && measured > 0.0 {
-                        self.factors[i] = measured / predicted;
+                        self.factors[i] *= measured / predicted;
                     }
                     break;
                 }
@@ -255,7 +303,7 @@ impl<'a> Search<'a> {
         progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
         let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
         let judge = Some(self.reference).filter(|_| self.refused < MAX_REFUSED);
-        let result = self.stage.run(self.cx, &own, judge, progress)?;
+        let mut result = self.stage.run(self.cx, &own, judge, progress)?;
         match &result.difference {
             _ if result.refitted => self.refused = 0,
             Some(plain) if result.is_new && plain.error <= self.aim * WITHIN_REACH => self.refused += 1,
@@ -273,7 +321,31 @@ impl<'a> Search<'a> {
             None => self.difference(&result.model, limit)?,
         };
         let bytes = Cost::bytes(&result.model);
-        Ok(Trial { model: result.model, outcomes: result.outcomes, difference, bytes, prices: prices.to_vec() })
+        let is_lossy = |i: &usize| self.stage.items[*i].fidelity() == Fidelity::Lossy && own(*i).is_some();
+        let items = (0..self.stage.items.len()).filter(is_lossy);
+        let outcomes = result.outcomes.iter_mut().filter(|outcome| outcome.fidelity == Fidelity::Lossy);
+        let correction = if left_out.is_empty() { self.correction } else { 1.0 };
+        for (outcome, i) in outcomes.zip(items) {
+            outcome.predicted *= self.factors[i] * correction;
+        }
+        let trial =
+            Trial { model: result.model, outcomes: result.outcomes, difference, bytes, prices: prices.to_vec() };
+        if left_out.is_empty() {
+            self.compare_to_prediction(&trial);
+        }
+        Ok(trial)
+    }
+
+    /// Notes how far the prediction was from what was measured, and corrects the next one by that.
+    fn compare_to_prediction(&mut self, trial: &Trial) {
+        let (predicted, measured) = (trial.predicted().sqrt(), trial.difference.error);
+        let is_whole = trial.difference.samples == self.reference.samples();
+        // Different prices often lead to one model.
+        let is_new = self.steps.iter().all(|step| step.1 != measured);
+        if is_whole && is_new && predicted > 0.0 && measured > 0.0 && measured < PREDICTABLE {
+            self.steps.push((predicted, measured));
+            self.correction *= (measured / predicted).powi(2);
+        }
     }
 
     /// How `model` differs from the reference; of an error above `limit` no more than that is known.
