@@ -4,6 +4,7 @@ mod control_flow;
 mod dead_channels;
 mod dead_nodes;
 mod dedupe;
+mod depth;
 mod fold_constants;
 mod fuse_activation;
 mod fuse_affine;
@@ -49,6 +50,7 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<share_constants::ShareConstants>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<prune::Prune>(),
+    PassInfo::of::<depth::Depth>(),
 ];
 
 /// The pass called `name`.

@@ -172,7 +172,8 @@ fn targets(original: &Model, model: &Model, kept: &Kept) -> Vec<Target> {
     let mut targets = Vec::new();
     for id in graph.ops() {
         let mut reads = graph.operands(id).into_iter().flatten().chain(graph.captures(id).into_values());
-        let reads_other = reads.any(|value| touched.contains(&value) || kept.contains_key(graph.name(value)));
+        let reads_other = reads.any(|value| touched.contains(&value) || kept.contains_key(graph.name(value)))
+            || reads_elsewhere(&original.graph, graph, id, &known);
         let linear = Linear::of(graph, id);
         let is_other = linear.as_ref().is_some_and(|linear| !is_as_before(original, graph, linear, &known, kept));
         if reads_other || is_other {
@@ -191,6 +192,15 @@ fn targets(original: &Model, model: &Model, kept: &Kept) -> Vec<Target> {
         }
     }
     targets
+}
+
+/// Whether a node reads another value than that which makes the same in the original.
+fn reads_elsewhere(original: &Graph, graph: &Graph, node: NodeId, known: &BTreeMap<&str, Outlet>) -> bool {
+    fn read(graph: &Graph, node: NodeId) -> Vec<&str> {
+        let values = graph.operands(node).into_iter().flatten().filter(|&value| graph.weight(value).is_none());
+        values.map(|value| graph.name(value)).collect()
+    }
+    known.get(graph.name(node.out())).is_some_and(|value| read(original, value.node) != read(graph, node))
 }
 
 /// Where a rectifier that alone reads `value` cuts off above, if one does that is zero below zero.

@@ -5,7 +5,7 @@ use onnx_shrink::{
     analysis::{linear::Linear, moments},
     codec::Model,
     ir::{Graph, Tensor, Weight},
-    pass::{Context, Price},
+    pass::{Context, Minimize, Price},
     pipeline,
     refit::{Kept, Originals, refit},
     shrink::{Job, shrink},
@@ -311,4 +311,28 @@ fn convolutions_beyond_the_largest_statistic_make_up_by_their_channels() {
         error("prune:ratio=0.2:score=l2:compensate=fit", 4608),
     );
     assert!(fine < coarse && coarse < blind, "{fine} {coarse} {blind}");
+}
+
+#[test]
+fn a_residual_block_goes_whole_and_what_follows_is_fitted_again() {
+    let model = Model::open(&fixture("models/fmnist_resnet14.onnx")).unwrap();
+    let run = |passes: &str| {
+        let job = Job {
+            items: pipeline::parse(passes).unwrap(),
+            request: Request { data: Some(fixture("data/fashion.npz")), ..Request::default() },
+            minimize: Minimize::Macs,
+            target: Some(0.9),
+            ..Job::default()
+        };
+        shrink(&model, &job, &mut |_| {}).unwrap()
+    };
+    let (small, report) = run("depth");
+    let adds =
+        |model: &Model| model.graph.ops().into_iter().filter(|&id| model.graph.op_of(id, "Add").is_some()).count();
+    assert!(adds(&small) < adds(&model), "{report:?}");
+    assert!(report.after.macs * 10 <= report.before.macs * 9, "{report:?}");
+    assert!(report.difference.as_ref().unwrap().error < 0.2, "{report:?}");
+    // No block is asked for a small share where pruning saves it at less.
+    let (pruned, report) = run("depth,prune");
+    assert_eq!(adds(&pruned), adds(&model), "{report:?}");
 }

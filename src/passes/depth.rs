@@ -1,0 +1,159 @@
+//! See [`Depth`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::{
+    analysis::{cost::macs, linear::Linear, shapes::Shapes},
+    ir::{Graph, Kind, NodeId, Outlet},
+    pass::{Context, Declare, Fidelity, Minimize, Pass},
+};
+
+/// Remove whole residual blocks: of x + f(x), x alone is left.
+///
+/// What a block adds is small where many are in a row, and the layers after it are fitted again to what they computed in the
+/// original. Each block is measured by itself: what error the whole model makes without it.
+///
+/// Applies when: there are samples (`--data`), and the sum has the shape of x. A block in whose place a shortcut has weights
+/// of its own stays.
+///
+/// Fidelity: lossy; the error budget or a target decides which blocks go.
+#[derive(Debug, clap::Parser)]
+#[command(name = "depth")]
+pub(super) struct Depth {}
+
+impl Declare for Depth {
+    const NAME: &'static str = "depth";
+    const FIDELITY: Fidelity = Fidelity::Lossy;
+}
+
+/// A sum that may be replaced by one of its terms, from which the other is computed.
+struct Block {
+    sum: Outlet,
+    shortcut: Outlet,
+    /// What nothing reads once it is gone.
+    gone: BTreeSet<NodeId>,
+    /// Bytes or multiply-adds.
+    saved: f64,
+}
+
+impl Pass for Depth {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let found = blocks(graph, &cx.shapes(graph), cx);
+        let Some(yardstick) = cx.yardstick.clone() else {
+            for block in &found {
+                cx.decline(graph.name(block.sum), "without samples, nothing tells what a block is for");
+            }
+            return Ok(());
+        };
+        let key = |block: &Block| key(graph, block);
+        // What earlier passes did is no error of this one.
+        let is_open = found.iter().any(|block| !cx.knows(key(block)));
+        let yardstick = if is_open { yardstick.of(graph) } else { None };
+        let error = |block: &Block| {
+            let error = yardstick.as_ref()?.error(&without(graph, block))?;
+            error.is_finite().then_some(error * error)
+        };
+        let errors: Vec<Arc<Option<f64>>> = cx.remember_all(&found, key, error);
+        let mut offers: Vec<_> =
+            found.iter().zip(errors).filter_map(|(block, error)| Some(((*error)?, block))).collect();
+        offers.sort_by(|a, b| (a.0 / a.1.saved).total_cmp(&(b.0 / b.1.saved)));
+        let (price, mut taken) = (cx.price, 0);
+        for (error, block) in offers {
+            let pays = error / block.saved < price.per_byte && error <= price.ceiling && taken < price.steps;
+            if !pays || !graph.contains(block.sum.node) || !graph.contains(block.shortcut.node) {
+                continue;
+            }
+            remove(graph, block);
+            taken += 1;
+            cx.predicted += error;
+            cx.refit = true;
+            cx.count("residual blocks removed");
+        }
+        Ok(())
+    }
+
+    fn is_fixed(&self) -> bool {
+        false
+    }
+}
+
+/// A hash of what the error of removing `block` depends on.
+fn key(graph: &Graph, block: &Block) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(Depth::NAME.as_bytes());
+    hasher.update(graph.name(block.sum).as_bytes());
+    for &id in &block.gone {
+        hasher.update(graph.name(id.out()).as_bytes());
+        let bytes = graph.weight(id.out()).map_or(0, |weight| weight.stored_bytes());
+        hasher.update(&bytes.to_le_bytes());
+    }
+    hasher.digest()
+}
+
+/// The blocks of `graph` that may go; those that are kept are reported.
+fn blocks(graph: &Graph, shapes: &Shapes, cx: &mut Context) -> Vec<Block> {
+    let place: BTreeMap<NodeId, usize> = graph.order().into_iter().enumerate().map(|(place, id)| (id, place)).collect();
+    let mut found = Vec::new();
+    for id in graph.ops().into_iter().filter(|&id| graph.op_of(id, "Add").is_some()) {
+        let sum = id.out();
+        let (Some(a), Some(b)) = (graph.operand(id, 0), graph.operand(id, 1)) else { continue };
+        let shortcut = [(a, b), (b, a)].into_iter().find_map(|(shortcut, branch)| {
+            let is_same = shapes.dims(shortcut).is_some() && shapes.dims(shortcut) == shapes.dims(sum);
+            let is_value = graph.weight(shortcut).is_none() && shortcut != branch;
+            (is_same && is_value && depends(graph, branch, shortcut, &place)).then_some(shortcut)
+        });
+        let Some(shortcut) = shortcut.filter(|_| !graph.is_output(sum) && !graph.is_pinned(sum)) else { continue };
+        let mut block = Block { sum, shortcut, gone: BTreeSet::new(), saved: 0.0 };
+        let left = without(graph, &block);
+        block.gone = graph.node_ids().filter(|&id| !left.contains(id)).collect();
+        if !block.gone.iter().any(|&id| Linear::of(graph, id).is_some()) {
+            continue;
+        }
+        let names: Vec<_> = block.gone.iter().flat_map(|&id| [graph.label(id), graph.name(id.out())]).collect();
+        if cx.is_kept(&names) {
+            cx.decline(graph.name(sum), "kept by --keep");
+            continue;
+        }
+        let saves = |&id: &NodeId| match (cx.minimize, graph.kind(id)) {
+            (Minimize::Bytes, Kind::Const(constant)) => constant.weight.stored_bytes() as f64,
+            (Minimize::Macs, _) => macs(graph, shapes, id).unwrap_or(0) as f64,
+            _ => 0.0,
+        };
+        block.saved = block.gone.iter().map(saves).sum();
+        if block.saved > 0.0 {
+            found.push(block);
+        }
+    }
+    found
+}
+
+/// Whether `value` is computed from `source`.
+fn depends(graph: &Graph, value: Outlet, source: Outlet, place: &BTreeMap<NodeId, usize>) -> bool {
+    let (mut seen, mut open) = (BTreeSet::new(), vec![value]);
+    while let Some(value) = open.pop() {
+        if value == source {
+            return true;
+        }
+        if place[&value.node] > place[&source.node] && seen.insert(value.node) {
+            let read = graph.operands(value.node).into_iter().flatten().chain(graph.captures(value.node).into_values());
+            open.extend(read);
+        }
+    }
+    false
+}
+
+fn without(graph: &Graph, block: &Block) -> Graph {
+    let mut left = graph.clone();
+    remove(&mut left, block);
+    left
+}
+
+fn remove(graph: &mut Graph, block: &Block) {
+    graph.replace_uses(block.sum, block.shortcut);
+    graph.sweep(block.sum.node);
+}
