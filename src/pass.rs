@@ -8,11 +8,12 @@ use serde::Serialize;
 
 use crate::{
     analysis::{
+        cost::{Cost, latency, macs},
         moments,
         shapes::{Shapes, declared_dims},
     },
     codec::Model,
-    ir::{Graph, NodeId, Outlet},
+    ir::{Graph, Kind, NodeId, Outlet},
     proto::tensor_shape_proto::dimension,
     refit::Kept,
     verify::{Cannot, Engine, Reference, Value},
@@ -226,13 +227,38 @@ impl Yardstick {
 
 /// What passes that the budget drives are to save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Minimize {
     /// Bytes of the file.
     #[default]
     Bytes,
     /// Multiply-adds.
     Macs,
+    /// Nanoseconds by a model of what runtimes take.
+    LatencyModel,
+}
+
+impl Minimize {
+    /// What is to be saved of a cost.
+    #[must_use]
+    pub fn of(self, cost: &Cost) -> f64 {
+        match self {
+            Self::Bytes => cost.bytes as f64,
+            Self::Macs => cost.macs as f64,
+            Self::LatencyModel => cost.latency as f64,
+        }
+    }
+
+    /// What one node costs of that beside its constants, or a constant.
+    #[must_use]
+    pub fn of_node(self, graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<f64> {
+        match (self, graph.kind(node)) {
+            (Self::Bytes, Kind::Const(constant)) => Some(constant.weight.stored_bytes() as f64),
+            (Self::Bytes, _) => None,
+            (Self::Macs, _) => macs(graph, shapes, node),
+            (Self::LatencyModel, _) => Some(latency(graph, shapes, node)?.total()),
+        }
+    }
 }
 
 impl Context {

@@ -24,6 +24,8 @@ pub struct Cost {
     pub bytes: usize,
     /// Multiply-adds of `Conv`, `ConvTranspose`, `Gemm` and `MatMul`, bodies included, where shapes are known.
     pub macs: u64,
+    /// Nanoseconds that running it takes by the [model of latency](Latency), bodies included, where shapes are known.
+    pub latency: u64,
 }
 
 impl Cost {
@@ -32,7 +34,10 @@ impl Cost {
     pub fn of(model: &Model, bound: &BTreeMap<String, Vec<usize>>) -> Self {
         let mut cost = Self { bytes: Self::bytes(model), ..Self::default() };
         cost.count(&model.graph);
-        cost.macs = total_macs(&model.graph, &Shapes::infer(&model.graph, bound));
+        let shapes = Shapes::infer(&model.graph, bound);
+        cost.macs = total(&model.graph, &shapes, &macs).round() as u64;
+        cost.latency = total(&model.graph, &shapes, &|graph, shapes, node| Some(latency(graph, shapes, node)?.total()))
+            .round() as u64;
         cost
     }
 
@@ -54,7 +59,7 @@ impl Cost {
         let mut text = String::new();
         let mut row = |what: &str, before: u64, after: u64| {
             let change = match before {
-                0 if after > 0 && what == "MACs" => "not known".to_owned(),
+                0 if after > 0 && ["MACs", "modelled latency in ns"].contains(&what) => "not known".to_owned(),
                 0 if after > 0 => "new".to_owned(),
                 0 => "+0.0 %".to_owned(),
                 _ => format!("{:+.1} %", (after as f64 / before as f64 - 1.0) * 100.0),
@@ -72,6 +77,7 @@ impl Cost {
         row("parameters", self.parameters as u64, after.parameters as u64);
         row("bytes", self.bytes as u64, after.bytes as u64);
         row("MACs", self.macs, after.macs);
+        row("modelled latency in ns", self.latency, after.latency);
         text
     }
 
@@ -97,25 +103,68 @@ fn external_bytes(graph: &Graph) -> usize {
     own.sum::<usize>() + graph.bodies().map(|(_, body)| external_bytes(&body.graph)).sum::<usize>()
 }
 
-/// Multiply-adds of a graph and of the bodies in it, each counted once.
-fn total_macs(graph: &Graph, shapes: &Shapes) -> u64 {
-    let own = graph.node_ids().filter_map(|id| macs(graph, shapes, id)).fold(0, u64::saturating_add);
-    let inside = graph.bodies().map(|(id, body)| total_macs(&body.graph, &shapes.inside(graph, id, &body.graph)));
-    inside.fold(own, u64::saturating_add)
+/// The sum of what `of` says of each node of a graph and of the bodies in it, each counted once.
+fn total(graph: &Graph, shapes: &Shapes, of: &impl Fn(&Graph, &Shapes, NodeId) -> Option<f64>) -> f64 {
+    let own = graph.node_ids().filter_map(|id| of(graph, shapes, id)).sum::<f64>();
+    let inside = graph.bodies().map(|(id, body)| total(&body.graph, &shapes.inside(graph, id, &body.graph), of));
+    inside.fold(own, |sum, inside| sum + inside)
+}
+
+/// Nanoseconds that running one node takes, by a model of three parts that was fitted to what onnxruntime takes on one core
+/// with AVX-512 (`cargo xtask bench` holds it to account): a table of primitives (algorithms.md §13.3) in its simplest form.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Latency {
+    /// For multiply-adds.
+    pub products: f64,
+    /// For reading the weights of a matrix product, each of which is used a few times only.
+    pub weights: f64,
+    /// For reading and writing values.
+    pub results: f64,
+}
+
+impl Latency {
+    /// A multiply-add of a convolution or of a product of large matrices.
+    const PRODUCT: f64 = 0.009;
+    /// A weight that comes from memory.
+    const WEIGHT: f64 = 0.13;
+    /// An element of a result.
+    const RESULT: f64 = 0.1;
+
+    /// All parts.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.products + self.weights + self.results
+    }
+}
+
+/// What running one node takes; `None` where it computes nothing or its shape is not known.
+#[must_use]
+pub fn latency(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Latency> {
+    const VIEWS: &[&str] = &["Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Constant", "Dropout"];
+    let op = graph.op(node)?;
+    let kind = op.standard().filter(|kind| !VIEWS.contains(kind))?;
+    let size = |value: Outlet| Some(shapes.known(value)?.iter().map(|&d| d as f64).product::<f64>());
+    let read = |slot: u32| graph.operand(node, slot).filter(|&value| graph.constant(value).is_some()).and_then(size);
+    let weights = if matches!(kind, "Gemm" | "MatMul") { read(0).or_else(|| read(1)).unwrap_or(0.0) } else { 0.0 };
+    Some(Latency {
+        products: macs(graph, shapes, node).unwrap_or(0.0) * Latency::PRODUCT,
+        weights: weights * Latency::WEIGHT,
+        results: size(node.out())? * Latency::RESULT,
+    })
 }
 
 /// Multiply-adds of one node, where it has any and its shapes are known.
 #[must_use]
-pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<u64> {
-    let product = |dims: &[usize]| dims.iter().fold(1_u64, |n, &d| n.saturating_mul(d as u64));
+pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<f64> {
+    let product = |dims: &[usize]| dims.iter().map(|&d| d as f64).product::<f64>();
     let op = graph.op(node)?;
     let dims = |slot: u32| shapes.known(graph.operand(node, slot)?);
     let out = || shapes.known(node.out());
     Some(match op.standard()? {
-        "Conv" => product(&out()?).saturating_mul(product(dims(1)?.get(1..)?)),
-        "ConvTranspose" => product(&dims(0)?).saturating_mul(product(dims(1)?.get(1..)?)),
-        "Gemm" => product(&out()?).saturating_mul(*dims(0)?.get(usize::from(op.int("transA") != Some(1)))? as u64),
-        "MatMul" => product(&out()?).saturating_mul(*dims(0)?.last()? as u64),
+        "Conv" => product(&out()?) * product(dims(1)?.get(1..)?),
+        "ConvTranspose" => product(&dims(0)?) * product(dims(1)?.get(1..)?),
+        "Gemm" => product(&out()?) * *dims(0)?.get(usize::from(op.int("transA") != Some(1)))? as f64,
+        "MatMul" => product(&out()?) * *dims(0)?.last()? as f64,
         _ => return None,
     })
 }

@@ -8,9 +8,9 @@ use std::{
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
-    analysis::{cost::macs, linear::Linear, shapes::Shapes},
-    ir::{Graph, Kind, NodeId, Outlet},
-    pass::{Context, Declare, Fidelity, Minimize, Pass},
+    analysis::{linear::Linear, shapes::Shapes},
+    ir::{Graph, NodeId, Outlet, Weight},
+    pass::{Context, Declare, Fidelity, Pass},
 };
 
 /// Remove whole residual blocks: of x + f(x), x alone is left.
@@ -89,7 +89,7 @@ fn key(graph: &Graph, block: &Block) -> u64 {
     hasher.update(graph.name(block.sum).as_bytes());
     for &id in &block.gone {
         hasher.update(graph.name(id.out()).as_bytes());
-        let bytes = graph.weight(id.out()).map_or(0, |weight| weight.stored_bytes());
+        let bytes = graph.weight(id.out()).map_or(0, Weight::stored_bytes);
         hasher.update(&bytes.to_le_bytes());
     }
     hasher.digest()
@@ -119,12 +119,8 @@ fn blocks(graph: &Graph, shapes: &Shapes, cx: &mut Context) -> Vec<Block> {
             cx.decline(graph.name(sum), "kept by --keep");
             continue;
         }
-        let saves = |&id: &NodeId| match (cx.minimize, graph.kind(id)) {
-            (Minimize::Bytes, Kind::Const(constant)) => constant.weight.stored_bytes() as f64,
-            (Minimize::Macs, _) => macs(graph, shapes, id).unwrap_or(0) as f64,
-            _ => 0.0,
-        };
-        block.saved = block.gone.iter().map(saves).sum();
+        let saves = |&id: &NodeId| cx.minimize.of_node(graph, shapes, id);
+        block.saved = block.gone.iter().filter_map(saves).sum();
         if block.saved > 0.0 {
             found.push(block);
         }

@@ -6,10 +6,10 @@ use nalgebra::{DMatrix, DVector};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
-    analysis::{linear::Linear, moments::together},
+    analysis::{linear::Linear, moments::together, shapes::Shapes},
     ir::{Graph, Inlet, NodeId, Op, Outlet},
     linalg::{Cholesky, Spectrum, product},
-    pass::{Context, Declare, Fidelity, Pass, open_to_loss},
+    pass::{Context, Declare, Fidelity, Minimize, Pass, open_to_loss},
     refit::Bias,
 };
 
@@ -47,7 +47,8 @@ const OVERHEAD: f64 = 200.0;
 
 impl Pass for Svd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        self.split_graph(graph, cx);
+        let shapes = cx.shapes(graph);
+        self.split_graph(graph, &shapes, cx);
         Ok(())
     }
 
@@ -108,24 +109,26 @@ fn flips(op: &Op) -> Option<bool> {
 
 impl Svd {
     /// Splits the weights of `graph`, then those of the bodies in it.
-    fn split_graph(&self, graph: &mut Graph, cx: &mut Context) {
+    fn split_graph(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context) {
         let nodes = graph.ops();
         let mut weights: Vec<Outlet> = nodes.iter().filter_map(|&node| Some(Layer::of(graph, node)?.weight)).collect();
         weights.sort_unstable();
         weights.dedup();
         weights.retain(|&w| graph.contains(w.node));
         for weight in weights {
-            self.split_all(graph, weight, cx);
+            self.split_all(graph, shapes, weight, cx);
         }
         for id in open_to_loss(graph, self.is_fixed(), cx) {
-            for body in graph.bodies_mut(id) {
-                self.split_graph(&mut body.graph, cx);
+            let bodies = graph.op(id).map_or(&[][..], |op| &op.bodies);
+            let inside: Vec<_> = bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect();
+            for (body, shapes) in graph.bodies_mut(id).iter_mut().zip(&inside) {
+                self.split_graph(&mut body.graph, shapes, cx);
             }
         }
     }
 
     /// Splits `weight` for everything that reads it, or leaves it alone and says why.
-    fn split_all(&self, graph: &mut Graph, weight: Outlet, cx: &mut Context) -> Option<()> {
+    fn split_all(&self, graph: &mut Graph, shapes: &Shapes, weight: Outlet, cx: &mut Context) -> Option<()> {
         let name = graph.name(weight).to_owned();
         let mut layers = Vec::new();
         if !collect(graph, weight, &mut layers) {
@@ -167,8 +170,11 @@ impl Svd {
             None => Spectrum::of(&matrix, self.rank),
         });
         let spectrum = spectrum.as_ref().as_ref()?;
-        let element = stored.stored_bytes() as f64 / (rows * columns) as f64;
-        let Some(rank) = self.choose(spectrum, rows, columns, element, cx) else {
+        let costs = match cx.minimize {
+            Minimize::Bytes => (stored.stored_bytes() as f64, OVERHEAD),
+            other => (layers.iter().filter_map(|layer| other.of_node(graph, shapes, layer.node)).sum(), 0.0),
+        };
+        let Some(rank) = self.choose(spectrum, (rows, columns), costs, cx) else {
             cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
             return None;
         };
@@ -201,8 +207,16 @@ impl Svd {
     }
 
     /// The rank for a weight, or `None` to leave it whole.
-    fn choose(&self, spectrum: &Spectrum, rows: usize, columns: usize, element: f64, cx: &Context) -> Option<usize> {
+    /// `costs` are what the whole costs of what is to be saved, and what a split costs beside its elements.
+    fn choose(
+        &self,
+        spectrum: &Spectrum,
+        (rows, columns): (usize, usize),
+        costs: (f64, f64),
+        cx: &Context,
+    ) -> Option<usize> {
         let (sides, whole) = (rows + columns, rows * columns);
+        let (element, overhead) = (costs.0 / whole as f64, costs.1);
         if let Some(rank) = self.rank {
             return Some(rank.max(1)).filter(|r| *r <= spectrum.basis.ncols());
         }
@@ -211,12 +225,12 @@ impl Svd {
             return (1..=most.min(spectrum.energies.len()))
                 .find(|&r| spectrum.tail(r) <= (1.0 - energy) * spectrum.total);
         }
-        // The least of error + price · bytes; leaving the weight whole costs no error. Just below break-even, ranks save
+        // The least of error + price · cost; leaving the weight whole costs no error. Just below break-even, ranks save
         // little and never win on price: a ceiling on the error is what reaches them, at any price.
         let price = cx.price.per_byte;
         let error = |rank: usize| spectrum.tail(rank) / spectrum.total;
-        let saved = |rank: usize| element * (whole - rank * sides) as f64 - OVERHEAD;
-        let cost = |rank: usize| error(rank) + price * (element * (rank * sides) as f64 + OVERHEAD);
+        let saved = |rank: usize| element * (whole - rank * sides) as f64 - overhead;
+        let cost = |rank: usize| error(rank) + price * (element * (rank * sides) as f64 + overhead);
         let mut options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && saved(rank) > 0.0);
         if price.is_infinite() {
             return options.next();

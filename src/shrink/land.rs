@@ -3,7 +3,7 @@
 use super::{Job, ShrinkError, stage::Stage};
 use crate::{
     analysis::cost::Cost,
-    pass::{Context, Minimize, Price},
+    pass::{Context, Price},
 };
 
 /// The search stops when the cost is at most this much below what is asked for.
@@ -24,10 +24,7 @@ pub(super) fn price(
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Price, ShrinkError> {
-    let of = |cost: &Cost| match job.minimize {
-        Minimize::Bytes => cost.bytes as f64,
-        Minimize::Macs => cost.macs as f64,
-    };
+    let of = |cost: &Cost| job.minimize.of(cost);
     let whole = of(before);
     let bound = cx.bound.clone();
     let mut share = |price: Price, progress: &mut dyn FnMut(&str)| {

@@ -56,9 +56,9 @@ pub(super) struct Search<'a> {
     refused: usize,
     /// The items that, each alone, lead to a refit.
     refitted: BTreeSet<usize>,
-    /// The bytes of the start, and of the smallest model inside the budget.
-    bytes: usize,
-    smallest: Option<usize>,
+    /// What the start costs of what is to be saved, and the cheapest model inside the budget.
+    whole: f64,
+    least: Option<f64>,
 }
 
 /// How far predicted errors were from measured ones, over the steps of a search.
@@ -77,7 +77,8 @@ pub(super) struct Trial {
     pub(super) model: Model,
     pub(super) outcomes: Vec<Outcome>,
     difference: Difference,
-    bytes: usize,
+    /// What it costs of what is to be saved.
+    cost: f64,
     /// What each item was allowed, by its own prediction.
     prices: Vec<Price>,
 }
@@ -129,7 +130,7 @@ impl Best<'_> {
     /// Keeps `trial` if it is inside the budget and the smallest so far; says whether it is inside.
     fn offer(&mut self, trial: Trial) -> bool {
         let good = (self.allowed)(&trial.difference);
-        if good && self.trial.as_ref().is_none_or(|best| trial.bytes < best.bytes) {
+        if good && self.trial.as_ref().is_none_or(|best| trial.cost < best.cost) {
             self.trial = Some(trial);
         }
         good
@@ -139,7 +140,7 @@ impl Best<'_> {
 impl<'a> Search<'a> {
     pub(super) fn new(stage: &'a Stage<'a>, cx: &'a mut Context, reference: &'a Reference) -> Self {
         let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
-        let bytes = Cost::bytes(&stage.start.0);
+        let whole = cx.minimize.of(&Cost::of(&stage.start.0, &cx.bound));
         let refitted = BTreeSet::new();
         Self {
             stage,
@@ -153,8 +154,8 @@ impl<'a> Search<'a> {
             aim: 0.0,
             refused: 0,
             refitted,
-            bytes,
-            smallest: None,
+            whole,
+            least: None,
         }
     }
 
@@ -177,7 +178,7 @@ impl<'a> Search<'a> {
         self.aim = aim;
         let mut best = Best { allowed, limit: budget, trial: None };
         // The whole budget for the whole file: the right order of magnitude.
-        let mut price = budget * budget / self.bytes.max(1) as f64;
+        let mut price = budget * budget / self.whole.max(1.0);
         let free: Vec<_> = (0..self.stage.items.len()).filter(|&i| self.stage.items[i].is_free()).collect();
         for _ in 0..if free.len() > 1 { CALIBRATIONS } else { 1 } {
             if free.len() > 1 {
@@ -263,7 +264,7 @@ impl<'a> Search<'a> {
         let trial = self.measure(prices, &[], best.limit, progress)?;
         let error = trial.difference.error;
         let good = best.offer(trial);
-        self.smallest = best.trial.as_ref().map(|trial| trial.bytes);
+        self.least = best.trial.as_ref().map(|trial| trial.cost);
         Ok((good, error))
     }
 
@@ -299,8 +300,8 @@ impl<'a> Search<'a> {
         progress: Progress<'_>,
     ) -> Result<Trial, ShrinkError> {
         self.tried += 1;
-        let share = |bytes: usize| format!(", {:.1} % of the bytes so far", bytes as f64 / self.bytes as f64 * 100.0);
-        progress(&format!("search step {}{}", self.tried, self.smallest.map(share).unwrap_or_default()));
+        let share = |cost: f64| format!(", {:.1} % of the cost so far", cost / self.whole.max(1.0) * 100.0);
+        progress(&format!("search step {}{}", self.tried, self.least.map(share).unwrap_or_default()));
         let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
         let judge = Some(self.reference).filter(|_| self.refused < MAX_REFUSED);
         let mut result = self.stage.run(self.cx, &own, judge, progress)?;
@@ -320,7 +321,7 @@ impl<'a> Search<'a> {
             Some(difference) => difference,
             None => self.difference(&result.model, limit)?,
         };
-        let bytes = Cost::bytes(&result.model);
+        let cost = self.cx.minimize.of(&Cost::of(&result.model, &self.cx.bound));
         let is_lossy = |i: &usize| self.stage.items[*i].fidelity() == Fidelity::Lossy && own(*i).is_some();
         let items = (0..self.stage.items.len()).filter(is_lossy);
         let outcomes = result.outcomes.iter_mut().filter(|outcome| outcome.fidelity == Fidelity::Lossy);
@@ -328,8 +329,7 @@ impl<'a> Search<'a> {
         for (outcome, i) in outcomes.zip(items) {
             outcome.predicted *= self.factors[i] * correction;
         }
-        let trial =
-            Trial { model: result.model, outcomes: result.outcomes, difference, bytes, prices: prices.to_vec() };
+        let trial = Trial { model: result.model, outcomes: result.outcomes, difference, cost, prices: prices.to_vec() };
         if left_out.is_empty() {
             self.compare_to_prediction(&trial);
         }

@@ -3,7 +3,7 @@
 use onnx_shrink::{
     codec::Model,
     ir::{Graph, Outlet, Weight},
-    pass::{Context, Price},
+    pass::{Context, Minimize, Price},
     pipeline,
     shrink::{Job, shrink},
     verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
@@ -191,6 +191,19 @@ fn svd_and_prune_share_one_budget() {
         assert!(report.difference.as_ref().unwrap().error <= report.budget.unwrap(), "{name}");
         assert!(accuracy(&small, data) >= accuracy(&model, data) - 0.005, "{name}");
     }
+}
+
+#[test]
+fn what_is_to_be_saved_is_what_is_saved_most() {
+    let model = open("models/fmnist_vgg.onnx");
+    let run = |minimize: Minimize| {
+        let job = Job { minimize, max_error: Some(0.1), ..job("svd,prune", Some("data/fashion.npz")) };
+        shrink(&model, &job, &mut |_| {}).unwrap().1.after
+    };
+    let [bytes, macs, latency] = [Minimize::Bytes, Minimize::Macs, Minimize::LatencyModel].map(run);
+    assert!(bytes.bytes < macs.bytes && bytes.bytes < latency.bytes, "{bytes:?} {macs:?} {latency:?}");
+    assert!(macs.macs < bytes.macs && macs.macs <= latency.macs, "{bytes:?} {macs:?} {latency:?}");
+    assert!(latency.latency < bytes.latency, "{bytes:?} {macs:?} {latency:?}");
 }
 
 #[test]

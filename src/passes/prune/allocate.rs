@@ -8,7 +8,11 @@ use std::{
 
 use super::{Group, curve::Curve};
 use crate::{
-    analysis::{channels::Channels, cost::macs, shapes::Shapes},
+    analysis::{
+        channels::Channels,
+        cost::{latency, macs},
+        shapes::Shapes,
+    },
     ir::{Graph, Kind, NodeId, Outlet},
     pass::{Minimize, Price},
 };
@@ -88,13 +92,8 @@ impl Costs {
             }
         };
         for id in graph.node_ids() {
-            if let (Minimize::Bytes, Kind::Const(constant)) = (minimize, graph.kind(id)) {
-                let axes: Vec<_> = (0..constant.weight.value().dims().len()).map(|axis| (id.out(), axis)).collect();
-                term(constant.weight.stored_bytes() as f64, &axes);
-            }
-            let macs = macs(graph, shapes, id).filter(|_| minimize == Minimize::Macs);
-            if let Some((macs, axes)) = macs.zip(factors(graph, shapes, id)) {
-                term(macs as f64, &axes);
+            for (cost, axes) in parts(graph, shapes, id, minimize) {
+                term(cost, &axes);
             }
         }
         let mut of_group = vec![Vec::new(); groups.len()];
@@ -122,6 +121,29 @@ impl Costs {
             term.factor * product * shares.sum::<f64>()
         };
         terms.map(each).sum()
+    }
+}
+
+/// What a node costs, in parts that are each in proportion to the extents of some axes.
+fn parts(graph: &Graph, shapes: &Shapes, node: NodeId, minimize: Minimize) -> Vec<(f64, Vec<(Outlet, usize)>)> {
+    let all = |value: Outlet| (0..shapes.rank(value).unwrap_or(0)).map(|axis| (value, axis)).collect::<Vec<_>>();
+    let of_products = || factors(graph, shapes, node).unwrap_or_default();
+    match minimize {
+        Minimize::Bytes => match graph.kind(node) {
+            Kind::Const(constant) => vec![(constant.weight.stored_bytes() as f64, all(node.out()))],
+            _ => Vec::new(),
+        },
+        Minimize::Macs => macs(graph, shapes, node).map(|macs| (macs, of_products())).into_iter().collect(),
+        Minimize::LatencyModel => {
+            let Some(latency) = latency(graph, shapes, node) else { return Vec::new() };
+            let weight = [1, 0]
+                .into_iter()
+                .find_map(|slot| graph.operand(node, slot).filter(|&value| graph.constant(value).is_some()));
+            let mut parts = vec![(latency.results, all(node.out()))];
+            parts.extend((latency.products > 0.0).then(|| (latency.products, of_products())));
+            parts.extend(weight.filter(|_| latency.weights > 0.0).map(|weight| (latency.weights, all(weight))));
+            parts
+        }
     }
 }
 
