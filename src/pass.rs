@@ -340,19 +340,25 @@ impl Context {
         Shapes::infer(graph, &self.bound)
     }
 
-    /// The shapes of `graph` where its inputs' open extents have lengths that nothing else has by chance, so that two axes are
-    /// not taken for one that are alike at the verified shapes only; those where the graph can't have any other.
+    /// The shapes of `graph` where its inputs' open axes have lengths that nothing else has by chance, and [beside](Shapes::other)
+    /// them those at other lengths: what is open is told from what is alike at the verified shapes only. Where the graph can't
+    /// have such shapes, those at which it is verified.
     #[must_use]
     pub fn telling_shapes(&self, graph: &Graph) -> Shapes {
         let shapes = self.shapes(graph);
-        let bound = |rest: bool| Shapes::infer(graph, &telling(graph, &self.bound, rest));
         let fits = |other: &Shapes| {
             let is_known = |value: Outlet| shapes.known(value).is_none() || other.known(value).is_some();
             let mut values =
                 graph.ops().into_iter().flat_map(|id| (0..graph.output_count(id)).map(move |slot| id.at(slot)));
             other.is_possible() && values.all(is_known)
         };
-        [true, false].into_iter().map(bound).find(fits).unwrap_or(shapes)
+        let at = |open: Open, shift: usize| Shapes::infer(graph, &telling(graph, &self.bound, open, shift));
+        let both = |open: Open| {
+            let first = Some(at(open, 0)).filter(fits)?;
+            let other = Some(at(open, 1)).filter(fits)?;
+            Some(first.beside(Some(other)))
+        };
+        [Open::Apart, Open::Alike, Open::Batch].into_iter().find_map(both).unwrap_or(shapes)
     }
 
     /// Forgets what the last pass left, but not what holds for the model.
@@ -364,11 +370,27 @@ impl Context {
     }
 }
 
-/// Input shapes in which open extents are primes, and where `rest` is set, those after the first axis of an input multiples of
-/// primes that a network may halve some times. One name stands for one extent.
-fn telling(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, rest: bool) -> BTreeMap<String, Vec<usize>> {
-    const BATCH: usize = 7;
-    const PRIMES: [usize; 6] = [11, 13, 17, 19, 23, 29];
+/// What is taken for open of the axes that the inputs of a graph leave open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Open {
+    /// All, each name of a length of its own.
+    Apart,
+    /// All, those after the first axis of an input of one length.
+    Alike,
+    /// The first axis of each input.
+    Batch,
+}
+
+/// Input shapes at lengths of the open axes that `shift` chooses. First axes get a prime, the others the product of one and 32,
+/// since a network may halve an image five times. One name stands for one length.
+fn telling(
+    graph: &Graph,
+    bound: &BTreeMap<String, Vec<usize>>,
+    open: Open,
+    shift: usize,
+) -> BTreeMap<String, Vec<usize>> {
+    const BATCHES: [usize; 2] = [7, 11];
+    const PRIMES: [usize; 7] = [3, 5, 7, 11, 13, 17, 19];
     const HALVED: usize = 32;
     let (mut shapes, mut named) = (bound.clone(), BTreeMap::new());
     for input in graph.fed_inputs() {
@@ -376,15 +398,17 @@ fn telling(graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, rest: bool) -> B
         let dims = declared_dims(&input.info);
         for (axis, extent) in known.iter_mut().enumerate() {
             let dim = dims.and_then(|dims| dims.get(axis)?.value.as_ref());
-            if matches!(dim, Some(dimension::Value::DimValue(extent)) if *extent >= 0) || axis > 0 && !rest {
+            let is_given = matches!(dim, Some(dimension::Value::DimValue(extent)) if *extent >= 0);
+            if is_given || axis > 0 && open == Open::Batch {
                 continue;
             }
             let name = match dim {
                 Some(dimension::Value::DimParam(name)) if !name.is_empty() => name.clone(),
                 _ => format!("{}:{axis}", input.info.name()),
             };
-            let next = PRIMES[named.len() % PRIMES.len()] * HALVED;
-            *extent = *named.entry(name).or_insert(if axis == 0 { BATCH } else { next });
+            let place = if open == Open::Alike { 0 } else { named.len() };
+            let next = PRIMES[(place + shift) % PRIMES.len()] * HALVED;
+            *extent = *named.entry(name).or_insert(if axis == 0 { BATCHES[shift % 2] } else { next });
         }
     }
     shapes
@@ -456,8 +480,13 @@ pub fn everywhere_inferring(
     let shapes = infer(graph);
     for id in holders {
         let captured = shapes.captured(graph, id);
+        let other = shapes.other().map(|other| other.captured(graph, id));
+        let infer = |body: &Graph| {
+            let other = other.as_ref().map(|captured| Shapes::infer_body(body, captured));
+            Shapes::infer_body(body, &captured).beside(other)
+        };
         for body in graph.bodies_mut(id) {
-            count += everywhere_inferring(&mut body.graph, &|body| Shapes::infer_body(body, &captured), f);
+            count += everywhere_inferring(&mut body.graph, &infer, f);
         }
     }
     count

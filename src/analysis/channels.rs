@@ -101,12 +101,18 @@ pub struct Channels {
     drivers: BTreeMap<usize, Vec<usize>>,
     /// The weights of layers.
     pub sides: Vec<Side>,
+    /// The axes that are summed over with what is no constant: they are read whatever the weights are.
+    pub summed: Vec<Axis>,
+    /// Entries of constants that something reads which was not followed.
+    fixed: BTreeSet<(NodeId, u32, usize)>,
     /// What else spells counts of channels.
     pub counts: Vec<Count>,
 }
 
 /// Longer axes are no channels.
 const MAX_UNITS: usize = 1 << 20;
+/// Axes beyond so many units in all are none either: 16 bytes each, and more where axes are products.
+const MAX_ALL_UNITS: usize = 1 << 24;
 /// Why the last channel of an axis can't go.
 const ONLY_ONE: &str = "it is the only one";
 
@@ -118,7 +124,10 @@ impl Channels {
         for id in graph.order() {
             for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
                 let dims = shapes.known(value).unwrap_or_default();
-                for (axis, extent) in dims.into_iter().enumerate().filter(|&(_, extent)| extent <= MAX_UNITS) {
+                for (axis, extent) in dims.into_iter().enumerate() {
+                    if extent > MAX_UNITS || channels.parent.len() + extent > MAX_ALL_UNITS {
+                        continue;
+                    }
                     channels.axes.insert((value, axis), (channels.parent.len(), extent));
                     channels.parent.extend(channels.parent.len()..channels.parent.len() + extent);
                 }
@@ -142,6 +151,7 @@ impl Channels {
         for id in graph.ops() {
             rules::apply(&mut channels, graph, shapes, id);
         }
+        channels.keep_fixed();
         while channels.join_products() {}
         for unit in 0..channels.parent.len() {
             channels.parent[unit] = channels.find(unit);
@@ -266,6 +276,18 @@ impl Channels {
         }
         self.products.push(Product { whole, factors: factors.to_vec() });
         Some(())
+    }
+
+    /// Pins what is spelled by entries that must stay.
+    fn keep_fixed(&mut self) {
+        let fixed = std::mem::take(&mut self.fixed);
+        let is_fixed = |count: &Count| match *count {
+            Count::Entry { reader, slot, at, of } => fixed.contains(&(reader, slot, at)).then_some(of),
+            _ => None,
+        };
+        for (value, axis) in self.counts.iter().filter_map(is_fixed).collect::<Vec<_>>() {
+            self.pin_axis(value, axis, "its extent is also read by something that can't be seen through");
+        }
     }
 
     /// Ties the factors of products of equal factors whose wholes are one, as those of two convolutions in a row that are grouped

@@ -43,6 +43,8 @@ pub struct Shapes {
     taken: BTreeMap<NodeId, usize>,
     /// Whether an operator is sure to fail, so that what was assumed can't be.
     impossible: bool,
+    /// The facts where open axes have other lengths, if the graph was looked at twice.
+    other: Option<Box<Self>>,
 }
 
 /// What an inference starts from.
@@ -73,7 +75,27 @@ impl Shapes {
     /// Infers the facts of `body`, which `node` of `graph` holds, from these facts of `graph`.
     #[must_use]
     pub fn inside(&self, graph: &Graph, node: NodeId, body: &Graph) -> Self {
-        Self::infer_body(body, &self.captured(graph, node))
+        let other = self.other.as_ref().map(|other| other.inside(graph, node, body));
+        Self::infer_body(body, &self.captured(graph, node)).beside(other)
+    }
+
+    /// These facts, together with those at other lengths of the open axes.
+    #[must_use]
+    pub fn beside(self, other: Option<Self>) -> Self {
+        Self { other: other.map(Box::new), ..self }
+    }
+
+    /// The facts at other lengths of the open axes, if the graph was looked at twice.
+    #[must_use]
+    pub fn other(&self) -> Option<&Self> {
+        self.other.as_deref()
+    }
+
+    /// Whether the length of an axis was another where open axes had other lengths.
+    #[must_use]
+    pub fn is_open(&self, value: Outlet, axis: usize) -> bool {
+        let length = |shapes: &Self| shapes.dims(value)?.get(axis).copied().flatten();
+        self.other().is_some_and(|other| length(other) != length(self))
     }
 
     /// What is known of the values that the bodies of `node` of `graph` capture, by number.

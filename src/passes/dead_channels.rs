@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    layer::{Layer, pads},
+    layer::{Layer, fitted, pads},
     surgery::{remove, spare},
 };
 use crate::{
@@ -96,6 +96,11 @@ fn unread(graph: &Graph, channels: &Channels) -> BTreeMap<usize, f64> {
             }
         }
     }
+    for &(value, axis) in &channels.summed {
+        for i in 0..channels.extent(value, axis).unwrap_or(0) {
+            read.extend(channels.classes(value, axis, i).iter().map(|&class| (class, true)));
+        }
+    }
     let dead = read.into_iter().filter(|(class, is_read)| !is_read && channels.pinned(*class).is_none());
     dead.map(|(class, _)| (class, 0.0)).collect()
 }
@@ -158,7 +163,7 @@ fn silence(graph: &mut Graph, node: NodeId) -> Option<()> {
             if let Some(next) = Layer::of(graph, reader) {
                 readers.push((next, through.clone()));
             } else {
-                passes_channels(op).then_some(())?;
+                passes_channels(op, layer.trailing > 0).then_some(())?;
                 let further: Vec<NodeId> = through.iter().copied().chain([reader]).collect();
                 stack.push((reader.out(), further));
             }
@@ -186,12 +191,12 @@ fn silence(graph: &mut Graph, node: NodeId) -> Option<()> {
 }
 
 /// Whether an operator computes each channel of its result from the same channel of its first operand, and a constant from
-/// a constant.
-fn passes_channels(op: &Op) -> bool {
+/// a constant; `has_space` is whether axes come after that of the channels.
+fn passes_channels(op: &Op, has_space: bool) -> bool {
     let pads = op.ints("pads").is_some_and(|pads| pads.iter().any(|&pad| pad != 0)) || op.string("auto_pad").is_some();
     match op.standard() {
-        Some("AveragePool") => !pads,
-        Some("MaxPool" | "GlobalAveragePool" | "GlobalMaxPool") => true,
+        Some("AveragePool") => has_space && !pads,
+        Some("MaxPool" | "GlobalAveragePool" | "GlobalMaxPool") => has_space,
         Some(kind) => is_elementwise(kind),
         None => false,
     }
@@ -245,7 +250,7 @@ fn take_over(graph: &mut Graph, layer: &Layer, through: &[NodeId], idle: &BTreeM
     for (i, (value, &(output, input))) in values.iter_mut().zip(&places).enumerate() {
         *value += sums.get(&(output, input, i % kernel)).copied().unwrap_or(0.0);
     }
-    let changed = weight.fit(weight.value().dims(), &values)?;
+    let changed = fitted(&weight, weight.value().dims(), &values, |i| places[i].0)?;
     if changed.value().same(weight.value()) {
         return Some(());
     }

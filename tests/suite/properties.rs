@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use nalgebra::DMatrix;
 use onnx_shrink::{
-    analysis::{channels::Channels, shapes::Shapes},
+    analysis::{
+        channels::{Channels, Role},
+        shapes::Shapes,
+    },
     codec::Model,
     ir::{Tensor, Weight},
     linalg::Spectrum,
@@ -59,7 +62,8 @@ impl Network {
         let beside = self.values.iter().rev().find(|v| v.2 == size && v.1 + channels <= 32).cloned();
         let new = format!("v{n}");
         let mut result = (new.clone(), channels, size);
-        let node = match kind % 21 {
+        let node = match kind % 22 {
+            21 => self.mixture(&new, &x, channels, size),
             0 | 1 => {
                 result.1 = 4 + pick % 5 * 2;
                 self.constant(&format!("float[{},{channels},3,3] w{n}", result.1));
@@ -154,6 +158,22 @@ impl Network {
         self.values.push(result);
     }
 
+    /// A mixture of the pixels of `x` by how alike they are: products of values alone.
+    fn mixture(&mut self, new: &str, x: &str, channels: usize, size: usize) -> String {
+        let (n, area) = (self.nodes.len(), size * size);
+        self.constants.push(format!("int64[3] flat{n} = {{0, {channels}, {area}}}"));
+        self.constants.push(format!("int64[4] map{n} = {{0, {channels}, {size}, {size}}}"));
+        let nodes = [
+            format!("{new}_f = Reshape ({x}, flat{n})"),
+            format!("{new}_t = Transpose <perm = [0, 2, 1]> ({new}_f)"),
+            format!("{new}_l = MatMul ({new}_t, {new}_f)"),
+            format!("{new}_a = Softmax <axis = 1> ({new}_l)"),
+            format!("{new}_m = MatMul ({new}_f, {new}_a)"),
+            format!("{new} = Reshape ({new}_m, map{n})"),
+        ];
+        nodes.join("\n ")
+    }
+
     /// Attention of two heads over the pixels of `x`, the residual sum included.
     fn attention(&mut self, new: &str, x: &str, channels: usize, size: usize) -> String {
         let (n, area) = (self.nodes.len(), size * size);
@@ -237,6 +257,25 @@ fn with_dead_channels(model: &Model) -> Option<Model> {
     Some(dead)
 }
 
+/// Has one weight of `model` read its second channel with zeros, whoever else reads that, and removes what is dead.
+fn a_channel_that_one_reader_ignores_is_kept_for_others(model: &Model, at: usize) {
+    let bound = Samples::likely_shapes(model, &Request::default());
+    let channels = Channels::of(&model.graph, &Shapes::infer(&model.graph, &bound));
+    let readers: Vec<_> = channels.sides.iter().filter(|side| side.role == Role::Reads).collect();
+    let Some(side) = readers.get(at % readers.len().max(1)) else { return };
+    let mut ignoring = model.clone();
+    let weight = model.graph.constant(side.weight).unwrap();
+    let (step, extent) = (onnx_shrink::ir::tensor::strides(weight.dims())[side.axis], weight.dims()[side.axis]);
+    let values = weight.f64s().unwrap().into_iter().enumerate();
+    let values: Vec<_> = values.map(|(i, v)| if i / step % extent == 1 { 0.0 } else { v }).collect();
+    let tensor = Tensor::floats(weight.dtype(), weight.dims(), &values).unwrap();
+    ignoring.graph.set_weight(side.weight, Weight::dense(tensor));
+    let mut clear = ignoring.clone();
+    run("dead-channels", &mut clear, Price::default());
+    let difference = rounding(&ignoring, &clear, 2);
+    assert!(difference <= ROUNDING_BUDGET, "{difference}: {}", text::diff(&ignoring, &clear));
+}
+
 /// Prunes what costs nothing.
 const FREE: Price = Price { ceiling: 0.0, ..Price::per_byte(1.0) };
 
@@ -285,6 +324,8 @@ proptest! {
         prop_assert!(simple.encode().len() <= model.encode().len());
         dead_channels_go_without_a_trace(&simple, 2);
         dead_channels_go_without_a_trace(&model, 1);
+        a_channel_that_one_reader_ignores_is_kept_for_others(&simple, choices[0].into());
+        a_channel_that_one_reader_ignores_is_kept_for_others(&model, choices[1].into());
     }
 
     #[test]

@@ -72,6 +72,8 @@ impl Rule<'_> {
                 self.normalized_from(x, y, if new { -1 } else { 1 }, new)
             }
             "LayerNormalization" => self.normalized_from(x, y, -1, false),
+            // Before opset 9, each element could have statistics of its own.
+            "BatchNormalization" if self.op.int("spatial") == Some(0) => None,
             "BatchNormalization" => self.normalized(x, y, &[]),
             "InstanceNormalization" => self.normalized(x, y, &(2..self.rank(x)?).collect::<Vec<_>>()),
             "Conv" => self.conv(x, y),
@@ -109,8 +111,10 @@ impl Rule<'_> {
         let Some(slot) = shape_slot(self.graph, self.node) else { return };
         let entries = self.operand(slot).and_then(|shape| length(self.shapes, shape)).unwrap_or(0);
         for at in 0..entries {
-            if let Some(Entry::Extent((value, axis))) = source(self.graph, self.shapes, self.node, slot, at) {
-                self.channels.pin_axis(value, axis, why);
+            match source(self.graph, self.shapes, self.node, slot, at) {
+                Some(Entry::Extent((value, axis))) => self.channels.pin_axis(value, axis, why),
+                Some(Entry::Constant { reader, slot, at, .. }) => _ = self.channels.fixed.insert((reader, slot, at)),
+                None => {}
             }
         }
     }

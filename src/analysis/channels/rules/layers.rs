@@ -4,16 +4,22 @@ use super::{Count, Role, Rule, Side};
 use crate::ir::{Outlet, tensor::is_float};
 
 impl Rule<'_> {
-    /// Declares what the axis of a weight does; one that no constant holds is tied all the same.
+    fn is_weight(&self, value: Outlet) -> bool {
+        self.graph.constant(value).is_some_and(|tensor| is_float(tensor.dtype()))
+    }
+
+    /// Declares what the axis of a weight does. One that no constant holds is tied all the same, and what it reads is read.
     pub(super) fn side(&mut self, weight: Outlet, axis: usize, role: Role) {
-        if self.graph.constant(weight).is_some_and(|tensor| is_float(tensor.dtype())) {
+        if self.is_weight(weight) {
             self.channels.sides.push(Side { weight, axis, role });
+        } else if role == Role::Reads {
+            self.channels.summed.push((weight, axis));
         }
     }
 
     pub(super) fn conv(&mut self, x: Outlet, y: Outlet) -> Option<()> {
         let weight = self.operand(1)?;
-        let dims = self.shapes.known(weight)?;
+        let dims = self.shapes.known(weight).filter(|dims| dims.len() > 1)?;
         let group = usize::try_from(self.op.int("group").unwrap_or(1)).ok()?;
         self.tie((x, 0), (y, 0))?;
         if let Some(bias) = self.operand(2) {
@@ -43,7 +49,7 @@ impl Rule<'_> {
 
     pub(super) fn conv_transpose(&mut self, x: Outlet, y: Outlet) -> Option<()> {
         let weight = self.operand(1)?;
-        let dims = self.shapes.known(weight)?;
+        let dims = self.shapes.known(weight).filter(|dims| dims.len() > 1)?;
         let group = usize::try_from(self.op.int("group").unwrap_or(1)).ok()?;
         self.tie((x, 0), (y, 0))?;
         self.tie((x, 1), (weight, 0))?;
@@ -141,10 +147,16 @@ impl Rule<'_> {
         self.tie((a, k), (b, inner))?;
         self.tie((a, m), (y, rows))?;
         self.tie((b, n), (y, columns))?;
-        self.side(b, inner, Role::Reads);
-        self.side(b, n, Role::Makes);
-        self.side(a, k, Role::Reads);
-        self.side(a, m, Role::Makes);
+        // One of both is what reads the other.
+        let weights = [(b, inner, n), (a, k, m)].into_iter().filter(|&(value, _, _)| self.is_weight(value));
+        let weights: Vec<_> = weights.collect();
+        if weights.is_empty() {
+            self.channels.summed.push((a, k));
+        }
+        for (value, read, made) in weights {
+            self.side(value, read, Role::Reads);
+            self.side(value, made, Role::Makes);
+        }
         Some(())
     }
 }

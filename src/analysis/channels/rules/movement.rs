@@ -1,5 +1,7 @@
 //! Operators that move elements: channels change their places, or axes become one.
 
+use std::ops::Range;
+
 use super::{Count, Role, Rule};
 use crate::{
     analysis::channels::{
@@ -230,11 +232,11 @@ impl Rule<'_> {
             while p != q {
                 if p < q {
                     let next = left.next()?;
-                    p *= from[next];
+                    p = p.checked_mul(from[next])?;
                     group.push(next);
                 } else {
                     let next = right.next()?;
-                    q *= to[next];
+                    q = q.checked_mul(to[next])?;
                     other.push(next);
                 }
             }
@@ -244,7 +246,9 @@ impl Rule<'_> {
         Some(())
     }
 
-    /// Ties two lists of axes of the same elements; where they have no common factors, they stay unseen.
+    /// Ties two lists of axes of the same elements; where they have no common factors, they stay unseen. An open axis has none
+    /// but those that stand on the other side as axes, and one that is given has no open one: at other lengths, the factors
+    /// would be others.
     fn factor(&mut self, left: &[Axis], right: &[Axis]) -> Option<()> {
         let extents = |axes: &[Axis]| {
             axes.iter().map(|&(value, axis)| self.channels.extent(value, axis)).collect::<Option<Vec<_>>>()
@@ -265,9 +269,24 @@ impl Rule<'_> {
             parts
         };
         let (left_parts, right_parts) = (parts(&from), parts(&to));
-        let whole = |axes: &[Axis], parts: &[std::ops::Range<usize>], factor: usize| {
+        let whole = |axes: &[Axis], parts: &[Range<usize>], factor: usize| {
             parts.iter().position(|part| *part == (factor..factor + 1)).map(|at| axes[at])
         };
+        let is_by_chance = |(axes, parts): (&[Axis], &[Range<usize>]),
+                            (others, other_parts): (&[Axis], &[Range<usize>])| {
+            axes.iter().zip(parts).any(|(&(value, axis), part)| {
+                let is_open = self.shapes.is_open(value, axis);
+                part.clone().any(|factor| match whole(others, other_parts, factor) {
+                    Some((value, axis)) if part.len() == 1 || !is_open => self.shapes.is_open(value, axis) != is_open,
+                    Some(_) => false,
+                    None => is_open && part.len() > 1,
+                })
+            })
+        };
+        let (a, b) = ((left, &left_parts[..]), (right, &right_parts[..]));
+        if is_by_chance(a, b) || is_by_chance(b, a) {
+            return None;
+        }
         let mut axes = Vec::new();
         for (factor, &extent) in factors.iter().enumerate() {
             let (a, b) = (whole(left, &left_parts, factor), whole(right, &right_parts, factor));
