@@ -21,6 +21,9 @@ use crate::{
 
 /// Vectors of each sample that a layer contributes.
 pub const POSITIONS: usize = 32;
+/// Of convolutions that read longer patches, channels are chosen by what is known of pixels alone: the work for each grows with
+/// the square of the length (algorithms.md §2.3).
+pub const MAX_CHOSEN_BY: usize = 2048;
 /// Samples that are run before their vectors are added.
 const CHUNK: usize = 16;
 
@@ -157,7 +160,12 @@ pub fn collect(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Table, Cannot> {
     let mut sources: BTreeMap<String, Linear> = BTreeMap::new();
-    for linear in Linear::all(&model.graph).into_iter().filter_map(|linear| linear.at_most(max_size)) {
+    let layers = Linear::all(&model.graph).into_iter();
+    let views = layers.flat_map(|linear| {
+        let coarse = linear.clone().at_most(MAX_CHOSEN_BY.min(max_size));
+        [linear.at_most(max_size), coarse].into_iter().flatten()
+    });
+    for linear in views {
         sources.entry(linear.source(&model.graph)).or_insert(linear);
     }
     let mut inputs: Vec<Outlet> = sources.values().map(|linear| linear.input).collect();

@@ -42,20 +42,30 @@ pub(super) struct Statistic {
 }
 
 impl Statistic {
-    /// Of each group of `weight`, whose `axis` reads channels, by the moments of `table` and those of other samples; none
-    /// where nothing is known.
-    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, tables: (&Table, &Table)) -> Vec<Self> {
-        Self::find(graph, weight, axis, tables).unwrap_or_default()
+    /// Of each group of `weight`, whose `axis` reads channels, by the moments of `table` and those of other samples: of vectors
+    /// of at most `size` elements, if there are such, else of those that are known; none where nothing is.
+    pub(super) fn of(graph: &Graph, weight: Outlet, axis: usize, size: usize, tables: (&Table, &Table)) -> Vec<Self> {
+        Self::find(graph, weight, axis, size, tables).unwrap_or_default()
     }
 
-    fn find(graph: &Graph, weight: Outlet, axis: usize, (table, others): (&Table, &Table)) -> Option<Vec<Self>> {
+    fn find(
+        graph: &Graph,
+        weight: Outlet,
+        axis: usize,
+        size: usize,
+        (table, others): (&Table, &Table),
+    ) -> Option<Vec<Self>> {
         let readers = readers_of(graph, weight);
         if readers.len() != graph.uses(weight).len() || axis == readers.first()?.output_axis() {
             return None;
         }
         let by_pixels: Option<Vec<_>> = readers.iter().map(Linear::by_pixels).collect();
+        let mut views = [readers, by_pixels.unwrap_or_default()];
+        if views[0][0].columns > size {
+            views.reverse();
+        }
         let known = |readers: Vec<Linear>| Some((together(table, graph, &readers)?, readers));
-        let (moments, readers) = known(readers).or_else(|| known(by_pixels?))?;
+        let (moments, readers) = views.into_iter().find_map(known)?;
         let first = &readers[0];
         let others = together(others, graph, &readers);
         let matrices = first.matrices(&graph.constant(weight)?.f64s()?);
@@ -136,7 +146,7 @@ impl Compensation {
             if go.is_empty() || stay.is_empty() {
                 continue;
             }
-            let statistics = Statistic::of(graph, side.weight, side.axis, (table, &Table::new()));
+            let statistics = Statistic::of(graph, side.weight, side.axis, usize::MAX, (table, &Table::new()));
             let Some(linear) = statistics.first().map(|statistic| &statistic.linear) else { continue };
             let made = kept(side.weight, linear.output_axis()).0;
             let part = |statistic: &Statistic| {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     analysis::{
         channels::{Channels, Role, Side},
-        moments::Table,
+        moments::{MAX_CHOSEN_BY, Table},
     },
     ir::{Graph, tensor::strides},
     linalg::product,
@@ -165,7 +165,7 @@ fn statistics(
             }
             (statistic, columns)
         };
-        Statistic::of(graph, side.weight, side.axis, tables).into_iter().map(columns).collect::<Vec<_>>()
+        Statistic::of(graph, side.weight, side.axis, MAX_CHOSEN_BY, tables).into_iter().map(columns).collect::<Vec<_>>()
     };
     group.of_role(Role::Reads).flat_map(of_side).collect()
 }
