@@ -174,7 +174,9 @@ pub enum ShrinkError {
     )]
     ForeignMoments,
     /// Flips are limited, but nothing looks like class scores.
-    #[error("--max-flips: no output looks like class scores, rows of several numbers; leave it out")]
+    #[error(
+        "--max-flips: no output looks like class scores, rows of several numbers or sequences of them by a softmax; leave it out"
+    )]
     NoClasses,
     /// The budget is to drive a pass, but nothing is measured.
     #[error(

@@ -130,6 +130,8 @@ pub struct Reference {
     scales: Vec<f64>,
     /// Outputs that these inputs hardly vary.
     unexercised: Vec<String>,
+    /// Whether each output is scores by a softmax over its last axis: of three axes, it is a sequence of answers.
+    sequences: Vec<bool>,
 }
 
 /// Operators whose result may stand still while what goes in varies.
@@ -167,6 +169,20 @@ fn logits(graph: &Graph, value: Outlet) -> Option<Outlet> {
     None
 }
 
+/// Whether `value` is what a softmax over the last of its axes makes.
+fn is_softmax(graph: &Graph, value: Outlet) -> bool {
+    let Some(op) = graph.op(value.node) else { return false };
+    match op.standard() {
+        Some("Softmax" | "LogSoftmax") => {
+            // Before opset 13, the axes from one on were taken together, by default from the second.
+            let axis = op.int("axis").unwrap_or(if graph.opset() >= 13 { -1 } else { 1 });
+            axis == -1 || axis == 2
+        }
+        Some("Identity" | "Cast") => graph.operand(value.node, 0).is_some_and(|value| is_softmax(graph, value)),
+        _ => false,
+    }
+}
+
 impl Reference {
     /// Runs `model` on `inputs`.
     ///
@@ -181,14 +197,26 @@ impl Reference {
         let outputs = runners.run(&inputs)?;
         let (fed, names) = (input_names(model), output_names(model));
         // Each output compared with itself.
-        let mut pools: Vec<_> = names.iter().map(|_| Pooled::default()).collect();
+        let sequences: Vec<_> =
+            model.graph.outputs().iter().map(|output| is_softmax(&model.graph, output.value)).collect();
+        let mut pools: Vec<_> = sequences.iter().map(|&sequences| Pooled::new(sequences)).collect();
         for sample in &outputs {
             pools.iter_mut().zip(sample).for_each(|(pool, value)| pool.add(value, value));
         }
         let scales = pools.iter().map(Pooled::scale).collect();
         let still = pools.iter().zip(&names).filter(|(pool, _)| !pool.varies());
         let unexercised = still.map(|(_, name)| name.clone()).collect();
-        Ok(Self { engine: engine.clone(), fed, inputs, outputs, names, flat: Vec::new(), scales, unexercised })
+        Ok(Self {
+            engine: engine.clone(),
+            fed,
+            inputs,
+            outputs,
+            names,
+            flat: Vec::new(),
+            scales,
+            unexercised,
+            sequences,
+        })
     }
 
     /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
@@ -254,7 +282,7 @@ impl Reference {
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
     fn compare_on(&self, model: &Model, inputs: &[Vec<Value>], limit: f64) -> Result<Difference, Cannot> {
         let model = with_logits(model, &self.flat);
-        let mut pools: Vec<Pooled> = self.names.iter().map(|_| Pooled::default()).collect();
+        let mut pools: Vec<Pooled> = self.sequences.iter().map(|&sequences| Pooled::new(sequences)).collect();
         // An output that is missing or one too many is no match, whatever the others are.
         let found = output_names(&model);
         let places = self.names.iter().map(|name| found.iter().position(|found| found == name));

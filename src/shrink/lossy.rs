@@ -30,6 +30,8 @@ pub(super) struct Lossy<'a> {
     /// The outputs of the original on samples that the search does not see.
     last: Reference,
     budget: f64,
+    /// The error of the mildest step of the search, and the share of the cost that it left.
+    closest: Option<(f64, f64)>,
     /// How many results of the search were checked on those samples.
     looks: usize,
     report: &'a mut Report,
@@ -61,7 +63,7 @@ impl<'a> Lossy<'a> {
             return Err(ShrinkError::Flat);
         }
         let budget = job.max_error.unwrap_or(if samples.random { BUDGET_ON_RANDOM } else { BUDGET_WITH_DATA });
-        Ok(Self { model, base, job, samples, last, budget, looks: 0, report, progress })
+        Ok(Self { model, base, job, samples, last, budget, closest: None, looks: 0, report, progress })
     }
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
@@ -87,10 +89,13 @@ impl<'a> Lossy<'a> {
             // Without a budget of its own, what comes on top is measured against what the given strengths left.
             let on_top = is_lossy && self.job.max_error.is_none();
             if let Some((model, difference)) = self.search(&stage, on_top.then_some(&left), cx)? {
+                if self.report.passes.iter().all(|pass| pass.predicted == 0.0) {
+                    self.tell_of_nothing();
+                }
                 self.conclude(difference);
                 return Ok(model);
             }
-            self.report.notes.push(format!("nothing could be removed within an error of {}", self.budget));
+            self.tell_of_nothing();
         } else {
             self.report.budget = self.job.max_error;
         }
@@ -131,6 +136,19 @@ impl<'a> Lossy<'a> {
                 SURVIVABLE * 100.0
             ));
         }
+    }
+
+    /// Says that the budget allows nothing, and what it would take.
+    fn tell_of_nothing(&mut self) {
+        let closest = self.closest.map(|(error, share)| {
+            format!(
+                "; the closest left {:.1} % of the cost, at an error of {error:.3} on the samples of the search: more samples \
+                 make up for more, and a larger --max-error allows more",
+                share * 100.0
+            )
+        });
+        let closest = closest.unwrap_or_default();
+        self.report.notes.push(format!("nothing could be removed within an error of {}{closest}", self.budget));
     }
 
     /// Reports the final word of a lossy result, and what it says about inputs that nobody has seen.
@@ -205,6 +223,7 @@ impl<'a> Lossy<'a> {
         for _ in 0..RETRIES {
             let best = search.best(&|d| allowed(d, aim), (aim, budget), self.progress)?;
             self.report.predictions = search.predictions();
+            self.closest = search.closest();
             let Some(trial) = best else { break };
             (self.progress)("verifying on samples that the search did not see");
             let difference = last.compare(&trial.model)?;

@@ -52,6 +52,8 @@ pub(super) struct Search<'a> {
     tried: usize,
     /// The error that is aimed at.
     aim: f64,
+    /// The least error that was measured of what costs less than the start, with the share of the cost that is left there.
+    closest: Option<(f64, f64)>,
     /// Refits in a row that did not help, of models that were not far beyond that.
     refused: usize,
     /// The items that, each alone, lead to a refit.
@@ -152,11 +154,17 @@ impl<'a> Search<'a> {
             seen,
             tried: 0,
             aim: 0.0,
+            closest: None,
             refused: 0,
             refitted,
             whole,
             least: None,
         }
+    }
+
+    /// The least error that was measured of what costs less than the start, with the share of the cost that is left there.
+    pub(super) fn closest(&self) -> Option<(f64, f64)> {
+        self.closest
     }
 
     /// How far the errors that were predicted were from those that were measured; `None` where there was nothing to predict.
@@ -330,6 +338,10 @@ impl<'a> Search<'a> {
             outcome.predicted *= self.factors[i] * correction;
         }
         let trial = Trial { model: result.model, outcomes: result.outcomes, difference, cost, prices: prices.to_vec() };
+        let (error, share) = (trial.difference.error, trial.cost / self.whole.max(1.0));
+        if trial.predicted() > 0.0 && share < 1.0 && self.closest.is_none_or(|(least, _)| error < least) {
+            self.closest = Some((error, share));
+        }
         if left_out.is_empty() {
             self.compare_to_prediction(&trial);
         }

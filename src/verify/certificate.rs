@@ -34,7 +34,7 @@ impl Certificate {
     pub fn of(difference: &Difference) -> Result<Self, String> {
         let (samples, changed) = (difference.classified, difference.flipped);
         if !difference.classifies {
-            return Err("no certificate: no output looks like class scores, rows of several numbers".to_owned());
+            return Err("no certificate: no output looks like class scores, rows of several numbers or sequences of them by a softmax".to_owned());
         }
         if samples < FEWEST {
             return Err(format!(

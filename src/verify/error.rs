@@ -22,6 +22,8 @@ pub struct Pooled {
     discrete: usize,
     /// The first sample of a discrete output, and whether all others are like it.
     first: Option<Vec<f64>>,
+    /// Whether samples of three axes are sequences of rows of class scores.
+    sequences: bool,
     discrete_varies: bool,
     broken: bool,
     /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample.
@@ -29,6 +31,13 @@ pub struct Pooled {
 }
 
 impl Pooled {
+    /// Of no samples; `sequences` is whether those of three axes are sequences of rows of class scores, which together are one
+    /// answer.
+    #[must_use]
+    pub fn new(sequences: bool) -> Self {
+        Self { sequences, ..Self::default() }
+    }
+
     /// Adds one sample: what was wanted and what was found.
     pub fn add(&mut self, wanted: &Value, found: &Value) {
         self.samples += 1;
@@ -68,15 +77,18 @@ impl Pooled {
         self.elements += y.len();
         let scale = norm.sqrt().max(FLAT * (y.len() as f64).sqrt());
         self.rounding = super::max(self.rounding, if difference == 0.0 { 0.0 } else { difference.sqrt() / scale });
-        if let [_, classes] = wanted.dims[..]
-            && classes > 1
-        {
-            // A row with NaN is no answer.
-            let rows = y.chunks_exact(classes).zip(z.chunks_exact(classes));
-            let rows = rows.filter(|(a, _)| a.iter().all(|score| !score.is_nan()));
-            for (a, b) in rows {
+        let answer = match wanted.dims[..] {
+            [_, classes] if classes > 1 => Some((1, classes)),
+            [_, steps, classes] if self.sequences && classes > 1 => Some((steps.max(1), classes)),
+            _ => None,
+        };
+        if let Some((steps, classes)) = answer {
+            // An answer with NaN is none.
+            let answers = y.chunks_exact(steps * classes).zip(z.chunks_exact(steps * classes));
+            for (a, b) in answers.filter(|(a, _)| a.iter().all(|score| !score.is_nan())) {
+                let changed = a.chunks_exact(classes).zip(b.chunks_exact(classes)).any(|(a, b)| argmax(a) != argmax(b));
                 self.classified += 1;
-                self.flipped += usize::from(argmax(a) != argmax(b));
+                self.flipped += usize::from(changed);
             }
         }
     }
@@ -126,13 +138,13 @@ impl Pooled {
         self.broken || self.discrete == 0 && self.difference.sqrt() > limit * scale
     }
 
-    /// Whether the output looks like class scores: rows of several numbers.
+    /// Whether the output looks like class scores: rows of several numbers, or sequences of such.
     #[must_use]
     pub fn classifies(&self) -> bool {
         self.classified > 0
     }
 
-    /// How many rows of class scores have another top class, and how many there are.
+    /// How many answers have another top class somewhere, and how many answers there are.
     #[must_use]
     pub fn classified(&self) -> (usize, usize) {
         (self.flipped, self.classified)
@@ -165,6 +177,19 @@ mod tests {
             pool.add(&value(&sample), &value(&[2.0, 1.0, 1.0]));
         }
         assert!(pool.varies() && (pool.error() - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_sequence_changes_with_any_of_its_rows() {
+        let sequence = |values: &[f64]| Value { dims: vec![1, 2, 2], values: values.to_vec(), is_float: true };
+        for (found, flipped) in [([0.9, 0.1, 0.2, 0.8], 0), ([0.9, 0.1, 0.8, 0.2], 1), ([0.1, 0.9, 0.8, 0.2], 1)] {
+            let mut pool = Pooled::new(true);
+            pool.add(&sequence(&[0.7, 0.3, 0.4, 0.6]), &sequence(&found));
+            assert_eq!(pool.classified(), (flipped, 1));
+            let mut other = Pooled::new(false);
+            other.add(&sequence(&[0.7, 0.3, 0.4, 0.6]), &sequence(&found));
+            assert!(!other.classifies());
+        }
     }
 
     #[test]
