@@ -110,8 +110,9 @@ fn total(graph: &Graph, shapes: &Shapes, of: &impl Fn(&Graph, &Shapes, NodeId) -
     inside.fold(own, |sum, inside| sum + inside)
 }
 
-/// Nanoseconds that running one node takes, by a model of three parts that was fitted to what onnxruntime takes on one core
-/// with AVX-512 (`cargo xtask bench` holds it to account): a table of primitives (algorithms.md §13.3) in its simplest form.
+/// Nanoseconds that running one node takes by a model of three parts, a table of primitives (algorithms.md §13.3) in its simplest
+/// form: fitted to what onnxruntime takes for chains of one layer on one core with AVX-512, so it tells which of two models is
+/// faster better than how long either takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Latency {
     /// For multiply-adds.
