@@ -127,8 +127,8 @@ pub struct Shrink {
     /// The largest share of samples whose top class may change.
     #[arg(long, value_name = "F", value_parser = share)]
     pub max_flips: Option<f64>,
-    /// What passes that no option fixes are to save; macs with --target-macs.
-    #[arg(long, value_enum, default_value_t = Minimize::Bytes)]
+    /// What passes that no option fixes are to save; what a target is of, where there is one.
+    #[arg(long, value_enum, default_value_t = Minimize::Bytes, conflicts_with_all = ["target_size", "target_macs"])]
     pub minimize: Minimize,
     /// The share of the bytes that is to be left, instead of an error budget.
     #[arg(long, value_name = "R", value_parser = share, conflicts_with = "target_macs")]

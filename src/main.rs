@@ -143,7 +143,11 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         request: request(&options.feeds)?,
         max_error: options.max_error,
         max_flips: options.max_flips,
-        minimize: if options.target_macs.is_some() { Minimize::Macs } else { options.minimize },
+        minimize: match (options.target_macs, options.target_size) {
+            (Some(_), _) => Minimize::Macs,
+            (_, Some(_)) => Minimize::Bytes,
+            _ => options.minimize,
+        },
         target: options.target_macs.or(options.target_size),
         chain: options.pareto.is_some(),
         moments: moments(&options.moments, &model)?,

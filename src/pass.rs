@@ -292,8 +292,14 @@ impl Context {
     }
 
     /// Whether the answer to a question of this `key` is known.
-    pub(crate) fn knows(&self, key: u64) -> bool {
+    fn knows(&self, key: u64) -> bool {
         self.memo.contains_key(&key)
+    }
+
+    /// What measures changes of `graph` against `graph` itself, since what earlier passes did is no error of this one; `None`
+    /// where there are no samples, and where all questions of these `keys` are answered already.
+    pub(crate) fn yardstick_for(&self, graph: &Graph, mut keys: impl Iterator<Item = u64>) -> Option<Yardstick> {
+        if keys.all(|key| self.knows(key)) { None } else { self.yardstick.as_ref()?.of(graph) }
     }
 
     /// What `find` finds, which depends on what `key` is a hash of, and on nothing else.
@@ -373,7 +379,7 @@ impl Context {
 /// What is taken for open of the axes that the inputs of a graph leave open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Open {
-    /// All, each name of a length of its own.
+    /// All, each name of a length of its own, for up to seven names.
     Apart,
     /// All, those after the first axis of an input of one length.
     Alike,

@@ -137,7 +137,14 @@ pub struct Outcome {
     /// What it left alone, and why.
     pub declined: Vec<String>,
     /// The error that it predicts, relative and squared, summed over layers, for a lossy pass.
+    #[serde(serialize_with = "root")]
     pub predicted: f64,
+}
+
+/// What a person sees of a squared error.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn root<S: serde::Serializer>(squared: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(squared.sqrt())
 }
 
 /// Why a pipeline stopped.

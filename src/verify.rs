@@ -79,7 +79,7 @@ impl<'a> Runners<'a> {
     }
 }
 
-/// Samples that [`takes_batches`] puts together: more than the one, and other than the seven, that passes take an open batch for.
+/// Samples that [`takes_batches`] puts together: other than those that passes follow channels at.
 const BATCH: usize = 8;
 
 /// Whether `model` computes of several samples in one batch what it computes of each alone; `None` where its inputs do not say
@@ -169,7 +169,7 @@ fn logits(graph: &Graph, value: Outlet) -> Option<Outlet> {
     None
 }
 
-/// Whether `value` is what a softmax over the last of its axes makes.
+/// Whether `value` is what a softmax over the last axis makes, of three if it says which.
 fn is_softmax(graph: &Graph, value: Outlet) -> bool {
     let Some(op) = graph.op(value.node) else { return false };
     match op.standard() {

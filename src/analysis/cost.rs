@@ -57,9 +57,12 @@ impl Cost {
     #[must_use]
     pub fn compared_to(&self, after: &Self) -> String {
         let mut text = String::new();
+        // Without a shape, there are no multiply-adds.
+        let other_macs = after.macs;
         let mut row = |what: &str, before: u64, after: u64| {
+            let is_known = self.macs > 0 || other_macs == 0 || !["MACs", "modelled latency in ns"].contains(&what);
             let change = match before {
-                0 if after > 0 && ["MACs", "modelled latency in ns"].contains(&what) => "not known".to_owned(),
+                _ if !is_known => "not known".to_owned(),
                 0 if after > 0 => "new".to_owned(),
                 0 => "+0.0 %".to_owned(),
                 _ => format!("{:+.1} %", (after as f64 / before as f64 - 1.0) * 100.0),

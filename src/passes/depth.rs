@@ -37,23 +37,21 @@ struct Block {
     shortcut: Outlet,
     /// What nothing reads once it is gone.
     gone: BTreeSet<NodeId>,
-    /// Bytes or multiply-adds.
+    /// What that costs of what is to be saved.
     saved: f64,
 }
 
 impl Pass for Depth {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
-        let found = blocks(graph, &cx.shapes(graph), cx);
-        let Some(yardstick) = cx.yardstick.clone() else {
+        let found = blocks(graph, &cx.shapes(graph), &cx.telling_shapes(graph), cx);
+        if cx.yardstick.is_none() {
             for block in &found {
                 cx.decline(graph.name(block.sum), "without samples, nothing tells what a block is for");
             }
             return Ok(());
-        };
+        }
         let key = |block: &Block| key(graph, block);
-        // What earlier passes did is no error of this one.
-        let is_open = found.iter().any(|block| !cx.knows(key(block)));
-        let yardstick = if is_open { yardstick.of(graph) } else { None };
+        let yardstick = cx.yardstick_for(graph, found.iter().map(key));
         let error = |block: &Block| {
             let error = yardstick.as_ref()?.error(&without(graph, block))?;
             error.is_finite().then_some(error * error)
@@ -62,14 +60,19 @@ impl Pass for Depth {
         let mut offers: Vec<_> =
             found.iter().zip(errors).filter_map(|(block, error)| Some(((*error)?, block))).collect();
         offers.sort_by(|a, b| (a.0 / a.1.saved).total_cmp(&(b.0 / b.1.saved)));
-        let (price, mut taken) = (cx.price, 0);
+        let (price, mut gone) = (cx.price, BTreeMap::new());
         for (error, block) in offers {
-            let pays = error / block.saved < price.per_byte && error <= price.ceiling && taken < price.steps;
-            if !pays || !graph.contains(block.sum.node) || !graph.contains(block.shortcut.node) {
+            let pays = error / block.saved < price.per_byte && error <= price.ceiling && gone.len() < price.steps;
+            if !pays || !graph.contains(block.sum.node) {
                 continue;
             }
-            remove(graph, block);
-            taken += 1;
+            // What is left of a block that is gone is its own shortcut.
+            let mut shortcut = block.shortcut;
+            while let Some(&before) = gone.get(&shortcut) {
+                shortcut = before;
+            }
+            replace(graph, block.sum, shortcut);
+            gone.insert(block.sum, shortcut);
             cx.predicted += error;
             cx.refit = true;
             cx.count("residual blocks removed");
@@ -82,7 +85,7 @@ impl Pass for Depth {
     }
 }
 
-/// A hash of what the error of removing `block` depends on.
+/// A hash of a block and of what is left of it: its error is taken to be the same after other passes did more or less.
 fn key(graph: &Graph, block: &Block) -> u64 {
     let mut hasher = Xxh3::new();
     hasher.update(Depth::NAME.as_bytes());
@@ -96,14 +99,15 @@ fn key(graph: &Graph, block: &Block) -> u64 {
 }
 
 /// The blocks of `graph` that may go; those that are kept are reported.
-fn blocks(graph: &Graph, shapes: &Shapes, cx: &mut Context) -> Vec<Block> {
+fn blocks(graph: &Graph, shapes: &Shapes, telling: &Shapes, cx: &mut Context) -> Vec<Block> {
     let place: BTreeMap<NodeId, usize> = graph.order().into_iter().enumerate().map(|(place, id)| (id, place)).collect();
     let mut found = Vec::new();
     for id in graph.ops().into_iter().filter(|&id| graph.op_of(id, "Add").is_some()) {
         let sum = id.out();
         let (Some(a), Some(b)) = (graph.operand(id, 0), graph.operand(id, 1)) else { continue };
         let shortcut = [(a, b), (b, a)].into_iter().find_map(|(shortcut, branch)| {
-            let is_same = shapes.dims(shortcut).is_some() && shapes.dims(shortcut) == shapes.dims(sum);
+            let same = |shapes: &Shapes| shapes.known(sum).is_some_and(|dims| shapes.known(shortcut) == Some(dims));
+            let is_same = same(shapes) && same(telling) && telling.other().is_none_or(same);
             let is_value = graph.weight(shortcut).is_none() && shortcut != branch;
             (is_same && is_value && depends(graph, branch, shortcut, &place)).then_some(shortcut)
         });
@@ -145,11 +149,11 @@ fn depends(graph: &Graph, value: Outlet, source: Outlet, place: &BTreeMap<NodeId
 
 fn without(graph: &Graph, block: &Block) -> Graph {
     let mut left = graph.clone();
-    remove(&mut left, block);
+    replace(&mut left, block.sum, block.shortcut);
     left
 }
 
-fn remove(graph: &mut Graph, block: &Block) {
-    graph.replace_uses(block.sum, block.shortcut);
-    graph.sweep(block.sum.node);
+fn replace(graph: &mut Graph, sum: Outlet, shortcut: Outlet) {
+    graph.replace_uses(sum, shortcut);
+    graph.sweep(sum.node);
 }

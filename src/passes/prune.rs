@@ -218,7 +218,9 @@ const PROBED: f64 = 0.03;
 /// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself, and where
 /// its curve is one of norms, further too.
 fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc<Curve>], cx: &mut Context) {
-    let Some(yardstick) = cx.yardstick.clone() else { return };
+    if cx.yardstick.is_none() {
+        return;
+    }
     let moments = Arc::clone(&cx.moments);
     let key = |(group, curve): &(&Group, &Arc<Curve>)| {
         let mut hasher = Xxh3::new();
@@ -228,9 +230,7 @@ fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc
         hasher.digest()
     };
     let both: Vec<_> = groups.iter().zip(curves).collect();
-    // What earlier passes did is no error of this one.
-    let is_open = both.iter().any(|both| !cx.knows(key(both)));
-    let yardstick = if is_open { yardstick.of(graph) } else { None };
+    let yardstick = cx.yardstick_for(graph, both.iter().map(key));
     let at = |group: &Group, curve: &Curve, gone: usize| {
         let mut doomed = doomed_of(group, curve, gone);
         spare(channels, &mut doomed);

@@ -30,7 +30,7 @@ pub(super) struct Lossy<'a> {
     /// The outputs of the original on samples that the search does not see.
     last: Reference,
     budget: f64,
-    /// The error of the mildest step of the search, and the share of the cost that it left.
+    /// The least error of a step of the search that saved something, and the share of the cost that it left.
     closest: Option<(f64, f64)>,
     /// How many results of the search were checked on those samples.
     looks: usize,
@@ -88,8 +88,8 @@ impl<'a> Lossy<'a> {
             self.report.budget = Some(self.budget);
             // Without a budget of its own, what comes on top is measured against what the given strengths left.
             let on_top = is_lossy && self.job.max_error.is_none();
-            if let Some((model, difference)) = self.search(&stage, on_top.then_some(&left), cx)? {
-                if self.report.passes.iter().all(|pass| pass.predicted == 0.0) {
+            if let Some((model, difference, did_something)) = self.search(&stage, on_top.then_some(&left), cx)? {
+                if !did_something {
                     self.tell_of_nothing();
                 }
                 self.conclude(difference);
@@ -140,7 +140,8 @@ impl<'a> Lossy<'a> {
 
     /// Says that the budget allows nothing, and what it would take.
     fn tell_of_nothing(&mut self) {
-        let closest = self.closest.map(|(error, share)| {
+        let closest = self.closest.filter(|(error, _)| *error > self.budget);
+        let closest = closest.map(|(error, share)| {
             format!(
                 "; the closest left {:.1} % of the cost, at an error of {error:.3} on the samples of the search: more samples \
                  make up for more, and a larger --max-error allows more",
@@ -148,7 +149,9 @@ impl<'a> Lossy<'a> {
             )
         });
         let closest = closest.unwrap_or_default();
-        self.report.notes.push(format!("nothing could be removed within an error of {}{closest}", self.budget));
+        let flips = self.job.max_flips.map(|most| format!(" and changes of {most} of the answers"));
+        let flips = flips.unwrap_or_default();
+        self.report.notes.push(format!("nothing could be removed within an error of {}{flips}{closest}", self.budget));
     }
 
     /// Reports the final word of a lossy result, and what it says about inputs that nobody has seen.
@@ -196,13 +199,14 @@ impl<'a> Lossy<'a> {
     }
 
     /// Searches for the smallest model inside the budget by the error against what given strengths left, or else against
-    /// the original, and checks it on samples that the search did not see; also how it differs from the original.
+    /// the original, and checks it on samples that the search did not see; also how it differs from the original, and whether any
+    /// lossy pass did anything.
     fn search(
         &mut self,
         stage: &Stage<'_>,
         given: Option<&Model>,
         cx: &mut Context,
-    ) -> Result<Option<(Model, Difference)>, ShrinkError> {
+    ) -> Result<Option<(Model, Difference, bool)>, ShrinkError> {
         let reference =
             |from, part| Reference::before_squashing(&self.job.request.engine, from, self.samples.part(part));
         let seen = reference(given.unwrap_or(self.model), Split::Search)?;
@@ -229,9 +233,10 @@ impl<'a> Lossy<'a> {
             let difference = last.compare(&trial.model)?;
             self.looks += 1;
             if allowed(&difference, limit) {
+                let did_something = trial.did_something();
                 self.report.passes = trial.outcomes;
                 let difference = if given.is_some() { self.last.compare(&trial.model)? } else { difference };
-                return Ok(Some((trial.model, difference)));
+                return Ok(Some((trial.model, difference, did_something)));
             }
             self.report.notes.push(format!(
                 "a smaller model gave an error of {:.4} and other top classes on {:.1} % of the samples that the search \

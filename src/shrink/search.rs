@@ -11,7 +11,7 @@ use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price},
     pipeline::Outcome,
-    verify::{Difference, Reference},
+    verify::{Difference, ROUNDING_BUDGET, Reference},
 };
 
 /// The search for a price or a ceiling stops when it knows it to this ratio.
@@ -30,7 +30,7 @@ const RAISES: usize = 4;
 const MAX_REFUSED: usize = 2;
 /// Only of a model whose error is at most so many times what is aimed at does a refit tell of others.
 const WITHIN_REACH: f64 = 4.0;
-/// Larger errors are not in proportion to what layers make of them any more.
+/// Larger errors, and those of mere rounding, are not in proportion to what layers make of them any more.
 const PREDICTABLE: f64 = 0.3;
 /// How often the passes are measured alone: at the first guess, and at the price that this led to.
 const CALIBRATIONS: usize = 2;
@@ -122,6 +122,11 @@ struct Best<'p> {
 }
 
 impl Trial {
+    /// Whether any lossy pass did anything.
+    pub(super) fn did_something(&self) -> bool {
+        self.outcomes.iter().any(|outcome| outcome.fidelity == Fidelity::Lossy && !outcome.tally.is_empty())
+    }
+
     /// The error that its passes predict, squared.
     fn predicted(&self) -> f64 {
         self.outcomes.iter().map(|outcome| outcome.predicted).sum()
@@ -339,7 +344,11 @@ impl<'a> Search<'a> {
         }
         let trial = Trial { model: result.model, outcomes: result.outcomes, difference, cost, prices: prices.to_vec() };
         let (error, share) = (trial.difference.error, trial.cost / self.whole.max(1.0));
-        if trial.predicted() > 0.0 && share < 1.0 && self.closest.is_none_or(|(least, _)| error < least) {
+        if trial.did_something()
+            && share < 1.0
+            && error.is_finite()
+            && self.closest.is_none_or(|(least, _)| error < least)
+        {
             self.closest = Some((error, share));
         }
         if left_out.is_empty() {
@@ -354,7 +363,8 @@ impl<'a> Search<'a> {
         let is_whole = trial.difference.samples == self.reference.samples();
         // Different prices often lead to one model.
         let is_new = self.steps.iter().all(|step| step.1 != measured);
-        if is_whole && is_new && predicted > 0.0 && measured > 0.0 && measured < PREDICTABLE {
+        let range = ROUNDING_BUDGET..PREDICTABLE;
+        if is_whole && is_new && range.contains(&measured) && range.contains(&predicted) {
             self.steps.push((predicted, measured));
             self.correction *= (measured / predicted).powi(2);
         }

@@ -5,7 +5,7 @@ use onnx_shrink::{
     analysis::{linear::Linear, moments},
     codec::Model,
     ir::{Graph, Tensor, Weight},
-    pass::{Context, Minimize, Price},
+    pass::{Context, Minimize, Price, Yardstick},
     pipeline,
     refit::{Kept, Originals, refit},
     shrink::{Job, shrink},
@@ -335,4 +335,32 @@ fn a_residual_block_goes_whole_and_what_follows_is_fitted_again() {
     // No block is asked for a small share where pruning saves it at less.
     let (pruned, report) = run("depth,prune");
     assert_eq!(adds(&pruned), adds(&model), "{report:?}");
+}
+
+#[test]
+fn blocks_in_a_row_go_together_but_not_what_widens_a_shortcut() {
+    let run = |model: &Model| {
+        let samples = Samples::gather(model, &Request::default()).unwrap();
+        let mut cx = Context::at(samples.bound.clone());
+        let inputs = samples.part(Split::Last);
+        cx.yardstick = Some(std::sync::Arc::new(Yardstick::new(&Engine::default(), model, inputs).unwrap()));
+        let mut left = model.clone();
+        let items = vec![pipeline::parse("identity,depth").unwrap().remove(1)];
+        pipeline::run(&items, &mut left, &mut cx, Price::per_byte(f64::INFINITY)).unwrap();
+        left
+    };
+    let row = model(
+        "(float[N,6] x) => (float[N,5] y)",
+        "float[6,6] w1 = normal(1), float[6,6] w2 = normal(2), float[6,6] w3 = normal(3), float[6,5] w4 = normal(4)",
+        "a = MatMul (x, w1)\n f = MatMul (a, w2)\n r = Relu (f)\n s = Add (a, r)\n \
+         g = MatMul (s, w3)\n t = Relu (g)\n u = Add (s, t)\n y = MatMul (u, w4)",
+    );
+    assert_eq!(run(&row).graph.ops().len(), 2);
+    // Of one row alone, the sum has the shape of what is broadcast.
+    let wide = model(
+        "(float[N,T,6] x) => (float[N,T,5] y)",
+        "float[6,6] w1 = normal(1), int64[1] axes = {1}, float[6,5] w4 = normal(4)",
+        "m = ReduceSum <keepdims = 1> (x, axes)\n e = Mul (x, m)\n f = MatMul (e, w1)\n u = Add (m, f)\n y = MatMul (u, w4)",
+    );
+    assert_eq!(run(&wide).graph.ops().len(), wide.graph.ops().len());
 }
