@@ -1,7 +1,5 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use std::collections::BTreeMap;
-
 use crate::ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
 
 /// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
@@ -113,13 +111,17 @@ pub(super) fn fitted(
         DType::Float => f64::from(f32::EPSILON),
         _ => f64::EPSILON,
     };
-    let mut sums: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
+    let mut sums: Vec<(f64, f64)> = Vec::new();
     for (i, (stored, value)) in fitted.value().f64s()?.into_iter().zip(values).enumerate() {
-        let (lost, whole) = sums.entry(channel_of(i)).or_default();
+        let channel = channel_of(i);
+        if channel >= sums.len() {
+            sums.resize(channel + 1, (0.0, 0.0));
+        }
+        let (lost, whole) = &mut sums[channel];
         *lost += ((stored - value) / unit).powi(2);
         *whole += value * value;
     }
-    sums.values().all(|(lost, whole)| *lost <= *whole).then_some(fitted)
+    sums.iter().all(|(lost, whole)| *lost <= *whole).then_some(fitted)
 }
 
 /// Whether a convolution pads its operand.
