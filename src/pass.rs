@@ -249,6 +249,15 @@ impl Minimize {
         }
     }
 
+    /// What is to be saved of what `model` costs at the input shapes of `bound`; a shape is asked for only where one counts.
+    #[must_use]
+    pub fn of_model(self, model: &Model, bound: &BTreeMap<String, Vec<usize>>) -> f64 {
+        match self {
+            Self::Bytes => Cost::bytes(model) as f64,
+            Self::Macs | Self::LatencyModel => self.of(&Cost::of(model, bound)),
+        }
+    }
+
     /// What one node costs of that beside its constants, or a constant.
     #[must_use]
     pub fn of_node(self, graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<f64> {
@@ -485,12 +494,7 @@ pub fn everywhere_inferring(
     }
     let shapes = infer(graph);
     for id in holders {
-        let captured = shapes.captured(graph, id);
-        let other = shapes.other().map(|other| other.captured(graph, id));
-        let infer = |body: &Graph| {
-            let other = other.as_ref().map(|captured| Shapes::infer_body(body, captured));
-            Shapes::infer_body(body, &captured).beside(other)
-        };
+        let infer = shapes.within(graph, id);
         for body in graph.bodies_mut(id) {
             count += everywhere_inferring(&mut body.graph, &infer, f);
         }

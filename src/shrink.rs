@@ -22,7 +22,7 @@ use crate::{
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
-        Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
+        Cannot, Certificate, DataError, Difference, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples, Split,
         compare_regions, takes_batches,
     },
 };
@@ -174,9 +174,7 @@ pub enum ShrinkError {
     )]
     ForeignMoments,
     /// Flips are limited, but nothing looks like class scores.
-    #[error(
-        "--max-flips: no output looks like class scores, rows of several numbers or sequences of them by a softmax; leave it out"
-    )]
+    #[error("--max-flips: {NO_CLASSES}; leave it out")]
     NoClasses,
     /// The budget is to drive a pass, but nothing is measured.
     #[error(

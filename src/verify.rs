@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use self::error::Pooled;
 pub use self::{
-    certificate::{CONFIDENCE, Certificate, upper_bound},
+    certificate::{CONFIDENCE, Certificate, NO_CLASSES, upper_bound},
     data::{DataError, Request, Samples, Split},
     engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
     regions::compare_regions,

@@ -34,10 +34,8 @@ impl Cost {
     pub fn of(model: &Model, bound: &BTreeMap<String, Vec<usize>>) -> Self {
         let mut cost = Self { bytes: Self::bytes(model), ..Self::default() };
         cost.count(&model.graph);
-        let shapes = Shapes::infer(&model.graph, bound);
-        cost.macs = total(&model.graph, &shapes, &macs).round() as u64;
-        cost.latency = total(&model.graph, &shapes, &|graph, shapes, node| Some(latency(graph, shapes, node)?.total()))
-            .round() as u64;
+        let (macs, latency) = total(&model.graph, &Shapes::infer(&model.graph, bound));
+        (cost.macs, cost.latency) = (macs.round() as u64, latency.round() as u64);
         cost
     }
 
@@ -106,11 +104,14 @@ fn external_bytes(graph: &Graph) -> usize {
     own.sum::<usize>() + graph.bodies().map(|(_, body)| external_bytes(&body.graph)).sum::<usize>()
 }
 
-/// The sum of what `of` says of each node of a graph and of the bodies in it, each counted once.
-fn total(graph: &Graph, shapes: &Shapes, of: &impl Fn(&Graph, &Shapes, NodeId) -> Option<f64>) -> f64 {
-    let own = graph.node_ids().filter_map(|id| of(graph, shapes, id)).sum::<f64>();
-    let inside = graph.bodies().map(|(id, body)| total(&body.graph, &shapes.inside(graph, id, &body.graph), of));
-    inside.fold(own, |sum, inside| sum + inside)
+/// Multiply-adds and modelled latency of a graph and of the bodies in it, each counted once.
+fn total(graph: &Graph, shapes: &Shapes) -> (f64, f64) {
+    let own = graph.node_ids().map(|id| {
+        let latency = latency(graph, shapes, id).map_or(0.0, |latency| latency.total());
+        (macs(graph, shapes, id).unwrap_or(0.0), latency)
+    });
+    let inside = graph.bodies().map(|(id, body)| total(&body.graph, &shapes.inside(graph, id, &body.graph)));
+    own.chain(inside).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
 }
 
 /// Nanoseconds that running one node takes by a model of three parts, a table of primitives (algorithms.md §13.3) in its simplest
@@ -120,8 +121,8 @@ fn total(graph: &Graph, shapes: &Shapes, of: &impl Fn(&Graph, &Shapes, NodeId) -
 pub struct Latency {
     /// For multiply-adds.
     pub products: f64,
-    /// For reading the weights of a matrix product, each of which is used a few times only.
-    pub weights: f64,
+    /// For reading the constant that is the weights of a matrix product, each of which is used a few times only.
+    pub weights: Option<(Outlet, f64)>,
     /// For reading and writing values.
     pub results: f64,
 }
@@ -137,7 +138,7 @@ impl Latency {
     /// All parts.
     #[must_use]
     pub fn total(&self) -> f64 {
-        self.products + self.weights + self.results
+        self.products + self.weights.map_or(0.0, |(_, time)| time) + self.results
     }
 }
 
@@ -148,11 +149,13 @@ pub fn latency(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Latency> 
     let op = graph.op(node)?;
     let kind = op.standard().filter(|kind| !VIEWS.contains(kind))?;
     let size = |value: Outlet| Some(shapes.known(value)?.iter().map(|&d| d as f64).product::<f64>());
-    let read = |slot: u32| graph.operand(node, slot).filter(|&value| graph.constant(value).is_some()).and_then(size);
-    let weights = if matches!(kind, "Gemm" | "MatMul") { read(0).or_else(|| read(1)).unwrap_or(0.0) } else { 0.0 };
+    let read = |slot: u32| {
+        let value = graph.operand(node, slot).filter(|&value| graph.constant(value).is_some())?;
+        Some((value, size(value)? * Latency::WEIGHT))
+    };
     Some(Latency {
         products: macs(graph, shapes, node).unwrap_or(0.0) * Latency::PRODUCT,
-        weights: weights * Latency::WEIGHT,
+        weights: if matches!(kind, "Gemm" | "MatMul") { read(0).or_else(|| read(1)) } else { None },
         results: size(node.out())? * Latency::RESULT,
     })
 }

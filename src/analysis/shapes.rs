@@ -75,8 +75,17 @@ impl Shapes {
     /// Infers the facts of `body`, which `node` of `graph` holds, from these facts of `graph`.
     #[must_use]
     pub fn inside(&self, graph: &Graph, node: NodeId, body: &Graph) -> Self {
-        let other = self.other.as_ref().map(|other| other.inside(graph, node, body));
-        Self::infer_body(body, &self.captured(graph, node)).beside(other)
+        self.within(graph, node)(body)
+    }
+
+    /// What infers the facts of a body that `node` of `graph` holds, from these facts of `graph`.
+    pub fn within(&self, graph: &Graph, node: NodeId) -> impl Fn(&Graph) -> Self + use<> {
+        let captured = self.captured(graph, node);
+        let other = self.other().map(|other| other.captured(graph, node));
+        move |body| {
+            let other = other.as_ref().map(|captured| Self::infer_body(body, captured));
+            Self::infer_body(body, &captured).beside(other)
+        }
     }
 
     /// These facts, together with those at other lengths of the open axes.

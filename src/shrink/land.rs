@@ -24,13 +24,12 @@ pub(super) fn price(
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Price, ShrinkError> {
-    let of = |cost: &Cost| job.minimize.of(cost);
-    let whole = of(before);
+    let whole = job.minimize.of(before);
     let bound = cx.bound.clone();
     let mut share = |price: Price, progress: &mut dyn FnMut(&str)| {
         progress("looking for the target");
         let result = stage.run(cx, &|_| Some(price), None, progress)?;
-        Ok::<_, ShrinkError>(of(&Cost::of(&result.model, &bound)) / whole.max(1.0))
+        Ok::<_, ShrinkError>(job.minimize.of_model(&result.model, &bound) / whole.max(1.0))
     };
     let at = |power: f64| Price::per_byte(libm::pow(10.0, power));
     let (mut low, mut high) = POWERS;

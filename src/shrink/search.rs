@@ -7,7 +7,6 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{ShrinkError, stage::Stage};
 use crate::{
-    analysis::cost::Cost,
     codec::Model,
     pass::{Context, Fidelity, Price},
     pipeline::Outcome,
@@ -147,7 +146,7 @@ impl Best<'_> {
 impl<'a> Search<'a> {
     pub(super) fn new(stage: &'a Stage<'a>, cx: &'a mut Context, reference: &'a Reference) -> Self {
         let (factors, seen) = (vec![1.0; stage.items.len()], BTreeMap::new());
-        let whole = cx.minimize.of(&Cost::of(&stage.start.0, &cx.bound));
+        let whole = cx.minimize.of_model(&stage.start.0, &cx.bound);
         let refitted = BTreeSet::new();
         Self {
             stage,
@@ -334,7 +333,7 @@ impl<'a> Search<'a> {
             Some(difference) => difference,
             None => self.difference(&result.model, limit)?,
         };
-        let cost = self.cx.minimize.of(&Cost::of(&result.model, &self.cx.bound));
+        let cost = self.cx.minimize.of_model(&result.model, &self.cx.bound);
         let is_lossy = |i: &usize| self.stage.items[*i].fidelity() == Fidelity::Lossy && own(*i).is_some();
         let items = (0..self.stage.items.len()).filter(is_lossy);
         let outcomes = result.outcomes.iter_mut().filter(|outcome| outcome.fidelity == Fidelity::Lossy);

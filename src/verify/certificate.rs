@@ -4,6 +4,9 @@ use serde::Serialize;
 
 use super::Difference;
 
+/// Where nothing can be counted.
+pub const NO_CLASSES: &str =
+    "no output looks like class scores, rows of several numbers or sequences of them by a softmax";
 /// With which the bound holds.
 pub const CONFIDENCE: f64 = 0.95;
 /// Fewer samples in the final word say too little: a quarter of 256.
@@ -34,7 +37,7 @@ impl Certificate {
     pub fn of(difference: &Difference) -> Result<Self, String> {
         let (samples, changed) = (difference.classified, difference.flipped);
         if !difference.classifies {
-            return Err("no certificate: no output looks like class scores, rows of several numbers or sequences of them by a softmax".to_owned());
+            return Err(format!("no certificate: {NO_CLASSES}"));
         }
         if samples < FEWEST {
             return Err(format!(

@@ -136,12 +136,9 @@ fn parts(graph: &Graph, shapes: &Shapes, node: NodeId, minimize: Minimize) -> Ve
         Minimize::Macs => macs(graph, shapes, node).map(|macs| (macs, of_products())).into_iter().collect(),
         Minimize::LatencyModel => {
             let Some(latency) = latency(graph, shapes, node) else { return Vec::new() };
-            let weight = [1, 0]
-                .into_iter()
-                .find_map(|slot| graph.operand(node, slot).filter(|&value| graph.constant(value).is_some()));
             let mut parts = vec![(latency.results, all(node.out()))];
             parts.extend((latency.products > 0.0).then(|| (latency.products, of_products())));
-            parts.extend(weight.filter(|_| latency.weights > 0.0).map(|weight| (latency.weights, all(weight))));
+            parts.extend(latency.weights.map(|(weight, time)| (time, all(weight))));
             parts
         }
     }
