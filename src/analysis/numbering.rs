@@ -32,7 +32,7 @@ impl Numbering {
                 Kind::Capture(i) => *self.captures.entry(*i).or_insert(self.next),
                 Kind::Const(_) => match graph.constant(id.out()) {
                     Some(tensor) => {
-                        let alike = self.constants.entry(tensor.hash()).or_default();
+                        let alike = self.constants.entry(tensor.sketch()).or_default();
                         let twin = alike.iter().find(|(other, _)| other.same(tensor)).map(|(_, number)| *number);
                         twin.unwrap_or_else(|| {
                             alike.push((tensor.clone(), self.next));

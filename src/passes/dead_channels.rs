@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    layer::{Layer, fitted, pads},
+    layer::{Layer, pads},
     surgery::{remove, spare},
 };
 use crate::{
@@ -229,7 +229,6 @@ fn is_even(graph: &Graph, node: NodeId) -> bool {
 fn take_over(graph: &mut Graph, layer: &Layer, through: &[NodeId], idle: &BTreeMap<usize, Fate>) -> Option<()> {
     let weight = graph.weight(layer.weight)?.clone();
     let mut values = weight.value().f64s()?;
-    let places: Vec<_> = layer.channels_of(weight.value()).collect();
     let number = |fate: &Fate| match fate {
         Fate::Constant(number) => pushed(graph, through, *number),
         Fate::Like(_) => Some(0.0),
@@ -237,20 +236,25 @@ fn take_over(graph: &mut Graph, layer: &Layer, through: &[NodeId], idle: &BTreeM
     let numbers: BTreeMap<usize, f64> =
         idle.iter().map(|(&channel, fate)| Some((channel, number(fate)?))).collect::<Option<_>>()?;
     let (mut bias, mut sums) = (layer.bias.clone(), BTreeMap::new());
-    // The elements of a kernel follow each other.
-    let kernel: usize = weight.value().dims()[2..].iter().product();
-    for (i, (value, &(output, input))) in values.iter_mut().zip(&places).enumerate() {
+    let (run, channels) = layer.runs_of(weight.value().dims());
+    for (values, (output, input)) in values.chunks_mut(run).zip(channels) {
         match idle.get(&input) {
-            Some(Fate::Constant(_)) => bias[output] += *value * numbers[&input],
-            Some(Fate::Like(other)) => *sums.entry((output, *other, i % kernel)).or_insert(0.0) += *value,
+            Some(Fate::Constant(_)) => bias[output] += values.iter().sum::<f64>() * numbers[&input],
+            Some(Fate::Like(other)) => {
+                let sum = sums.entry((output, *other)).or_insert_with(|| vec![0.0; run]);
+                sum.iter_mut().zip(values.iter()).for_each(|(sum, value)| *sum += value);
+            }
             None => continue,
         }
-        *value = 0.0;
+        values.fill(0.0);
     }
-    for (i, (value, &(output, input))) in values.iter_mut().zip(&places).enumerate() {
-        *value += sums.get(&(output, input, i % kernel)).copied().unwrap_or(0.0);
+    let (_, channels) = layer.runs_of(weight.value().dims());
+    for (values, place) in values.chunks_mut(run).zip(channels) {
+        if let Some(sum) = sums.get(&place) {
+            values.iter_mut().zip(sum).for_each(|(value, part)| *value += part);
+        }
     }
-    let changed = fitted(&weight, weight.value().dims(), &values, |i| places[i].0)?;
+    let changed = layer.fit_weight(&weight, weight.value().dims(), &values)?;
     if changed.value().same(weight.value()) {
         return Some(());
     }

@@ -64,7 +64,7 @@ fn merge_constants(graph: &mut Graph) -> usize {
     for id in graph.order() {
         let Kind::Const(_) = graph.kind(id) else { continue };
         let Some(tensor) = graph.constant(id.out()) else { continue };
-        let equal = seen.entry(tensor.hash()).or_default();
+        let equal = seen.entry(tensor.sketch()).or_default();
         let twin = equal.iter().find(|&&twin| graph.constant(twin.out()).is_some_and(|t| t.same(tensor)));
         match twin.copied() {
             Some(twin) if !graph.is_output(id.out()) && !graph.is_pinned(id.out()) => {

@@ -2,7 +2,7 @@
 
 use crate::{
     analysis::shapes::Shapes,
-    ir::{DType, Graph, NodeId, Op, Outlet},
+    ir::{DType, Graph, NodeId, Op, Outlet, Tensor},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
@@ -42,11 +42,8 @@ const CLOSE: f64 = 1e-6;
 
 /// The one number that `value` is, if it is a constant of single precision.
 pub(super) fn number(graph: &Graph, value: Outlet) -> Option<f64> {
-    let constant = graph.constant(value).filter(|constant| constant.dtype() == DType::Float)?;
-    match constant.f64s()?[..] {
-        [number] if constant.dims().len() <= 1 => Some(number),
-        _ => None,
-    }
+    let is_number = |constant: &&Tensor| constant.dtype() == DType::Float && matches!(constant.dims(), [] | [1]);
+    graph.constant(value).filter(is_number)?.f64s()?.first().copied()
 }
 
 /// The other operand and the number, where one operand of `node` is a number.

@@ -4,7 +4,7 @@ use super::layer::{Layer, pads};
 use crate::{
     analysis::shapes::Shapes,
     eval,
-    ir::{DType, Graph, NodeId, Op, Outlet, Weight},
+    ir::{DType, Graph, NodeId, Op, Outlet, Weight, tensor::is_float},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
@@ -73,13 +73,13 @@ impl Affine {
         }
         let (x, constant, is_right) = with_constant(graph, node)?;
         let constant = graph.constant(constant)?;
-        let values = constant.f64s()?;
         let wide: Vec<_> = (0..constant.dims().len()).filter(|&axis| constant.dims()[axis] != 1).collect();
         let trailing = match wide[..] {
-            [] if !values.is_empty() => 0,
+            [] => 0,
             [axis] => constant.dims().len() - 1 - axis,
             _ => return None,
         };
+        let values = constant.f64s()?;
         let each = |f: fn(f64) -> f64| Some(values.iter().map(|&v| f(v)).collect::<Vec<_>>());
         let (scale, shift) = match (op, is_right) {
             ("Mul", _) => (each(|v| v), None),
@@ -194,8 +194,9 @@ fn before(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let (scale, shift) = affine.spread(layer.channels.1, &layer)?;
     let mut bias = layer.bias.clone();
     if affine.shift.is_some() {
-        for (value, (output, input)) in tensor.f64s()?.iter().zip(layer.channels_of(tensor)) {
-            bias[output] += value * shift[input];
+        let (run, channels) = layer.runs_of(tensor.dims());
+        for (values, (output, input)) in tensor.f64s()?.chunks(run).zip(channels) {
+            bias[output] += values.iter().sum::<f64>() * shift[input];
         }
     }
     write(graph, &layer, &affine, |_, input| scale[input], &bias)?;
@@ -286,7 +287,7 @@ impl Factor {
             _ => return None,
         };
         let (x, constant, is_right) = with_constant(graph, node)?;
-        graph.constant(constant)?.f64s()?;
+        graph.constant(constant).filter(|constant| is_float(constant.dtype()))?;
         (is_right || !is_inverse).then_some(Self { node, x, constant, is_sum, is_inverse })
     }
 }

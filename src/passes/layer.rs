@@ -1,6 +1,6 @@
 //! Layers with constant weights, as passes fold scales and shifts of channels into them.
 
-use crate::ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
+use crate::ir::{DType, Graph, NodeId, Op, Outlet, Weight, tensor::is_float};
 
 /// A `Conv`, `ConvTranspose`, `Gemm` or `MatMul` by a matrix with constant weights.
 pub(super) struct Layer {
@@ -69,57 +69,71 @@ impl Layer {
     pub(super) fn scaled(&self, graph: &Graph, factor: impl Fn(usize, usize) -> f64) -> Option<Weight> {
         let weight = graph.weight(self.weight)?;
         let mut values = weight.value().f64s()?;
-        let places: Vec<_> = self.channels_of(weight.value()).collect();
-        for (value, &(output, input)) in values.iter_mut().zip(&places) {
-            *value *= factor(output, input);
+        let (run, channels) = self.runs_of(weight.value().dims());
+        for (values, (output, input)) in values.chunks_mut(run).zip(channels) {
+            let factor = factor(output, input);
+            values.iter_mut().for_each(|value| *value *= factor);
         }
-        fitted(weight, weight.value().dims(), &values, |i| places[i].0)
+        self.fit_weight(weight, weight.value().dims(), &values)
+    }
+
+    /// A weight of this shape and these values, stored as `template` is; `None` where they are beyond what the type holds.
+    pub(super) fn fit_weight(&self, template: &Weight, dims: &[usize], values: &[f64]) -> Option<Weight> {
+        if self.axes.0 == 0 {
+            return fitted(template, dims, values, dims[1..].iter().product(), 0..dims[0]);
+        }
+        let (run, channels) = self.runs_of(dims);
+        fitted(template, dims, values, run, channels.map(|(output, _)| output))
     }
 
     /// A bias of these values, stored as the weight is; `None` where they are beyond what the type holds.
     pub(super) fn fit_bias(&self, graph: &Graph, bias: &[f64]) -> Option<Weight> {
-        fitted(graph.weight(self.weight)?, &[self.channels.0], bias, |_| 0)
+        fitted(graph.weight(self.weight)?, &[self.channels.0], bias, bias.len(), [0].into_iter())
     }
 
-    /// The output and input channel of each element of the weight.
-    pub(super) fn channels_of(&self, weight: &Tensor) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (dims, out_axis, groups) = (weight.dims(), self.axes.0, self.groups);
-        let (rows, columns, kernel) = (dims[0], dims[1], dims[2..].iter().product());
+    /// How many elements of a weight of this shape that follow each other are of the same channels, which are its kernel, and the output
+    /// and input channel of each such run.
+    pub(super) fn runs_of(&self, dims: &[usize]) -> (usize, impl Iterator<Item = (usize, usize)> + use<>) {
+        let (out_axis, groups) = (self.axes.0, self.groups);
+        let (rows, columns, kernel) = (dims[0], dims[1], dims[2..].iter().product::<usize>());
         let rows_of_group = (rows / groups).max(1);
-        (0..rows).flat_map(move |row| {
-            (0..columns).flat_map(move |column| {
-                // The first axis runs over all groups, the second over one.
-                let sides = [row, row / rows_of_group * columns + column];
-                std::iter::repeat_n((sides[out_axis], sides[1 - out_axis]), kernel)
-            })
-        })
+        let channels = (0..rows).flat_map(move |row| {
+            // The first axis runs over all groups, the second over one.
+            let first = row / rows_of_group * columns;
+            (first..first + columns).map(move |column| if out_axis == 0 { (row, column) } else { (column, row) })
+        });
+        (kernel.max(1), channels)
     }
 }
 
 /// `values` stored as `template` is; `None` where they are beyond what the type holds: not finite, or so small that the
-/// values of a channel, which `channel_of` gives for each place, lose more than rounding takes of plain numbers.
-pub(super) fn fitted(
+/// values of a channel lose more than rounding takes of plain numbers. Each `run` of values is of the next of `channels`.
+fn fitted(
     template: &Weight,
     dims: &[usize],
     values: &[f64],
-    channel_of: impl Fn(usize) -> usize,
+    run: usize,
+    channels: impl Iterator<Item = usize>,
 ) -> Option<Weight> {
-    let fitted = template.fit(dims, values).filter(|weight| weight.value().is_finite())?;
-    let unit = match fitted.value().dtype() {
-        DType::Float16 => 1.0 / 2048.0,
-        DType::Bfloat16 => 1.0 / 256.0,
-        DType::Float => f64::from(f32::EPSILON),
-        _ => f64::EPSILON,
+    let fitted = template.fit(dims, values)?;
+    let stored = fitted.value().f64s().filter(|stored| stored.iter().all(|value| value.is_finite()))?;
+    let per_unit = match fitted.value().dtype() {
+        DType::Float16 => 2048.0,
+        DType::Bfloat16 => 256.0,
+        DType::Float => f64::from(f32::EPSILON).recip(),
+        _ => f64::EPSILON.recip(),
     };
     let mut sums: Vec<(f64, f64)> = Vec::new();
-    for (i, (stored, value)) in fitted.value().f64s()?.into_iter().zip(values).enumerate() {
-        let channel = channel_of(i);
+    let runs = stored.chunks(run.max(1)).zip(values.chunks(run.max(1)));
+    for ((stored, values), channel) in runs.zip(channels) {
         if channel >= sums.len() {
             sums.resize(channel + 1, (0.0, 0.0));
         }
         let (lost, whole) = &mut sums[channel];
-        *lost += ((stored - value) / unit).powi(2);
-        *whole += value * value;
+        for (stored, value) in stored.iter().zip(values) {
+            *lost += ((stored - value) * per_unit).powi(2);
+            *whole += value * value;
+        }
     }
     sums.iter().all(|(lost, whole)| *lost <= *whole).then_some(fitted)
 }

@@ -2,7 +2,7 @@
 
 use nalgebra::{DMatrix, DVector};
 
-use super::layer::{Layer, fitted, pads};
+use super::layer::{Layer, pads};
 use crate::{
     ir::{Graph, NodeId, Op, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite},
@@ -37,18 +37,20 @@ impl Pass for MergeLinear {
 fn kernels(layer: &Layer, weight: &Tensor) -> Option<Vec<DMatrix<f64>>> {
     let places: usize = weight.dims().get(2..)?.iter().product();
     let mut kernels = vec![DMatrix::zeros(layer.channels.0, layer.channels.1); places];
-    for (i, (value, (output, input))) in weight.f64s()?.into_iter().zip(layer.channels_of(weight)).enumerate() {
-        kernels[i % places][(output, input)] = value;
+    let (run, channels) = layer.runs_of(weight.dims());
+    for (values, channels) in weight.f64s()?.chunks(run).zip(channels) {
+        for (kernel, &value) in kernels.iter_mut().zip(values) {
+            kernel[channels] = value;
+        }
     }
     Some(kernels)
 }
 
 /// The weights of `kernels` in the order of axes that `layer` keeps its own in.
 fn flatten(layer: &Layer, kernels: &[DMatrix<f64>], dims: &[usize], template: &Weight) -> Option<Weight> {
-    let outer = Tensor::i64(dims, &vec![0; dims.iter().product()]);
-    let entry = |(i, (output, input)): (usize, (usize, usize))| kernels[i % kernels.len()][(output, input)];
-    let values: Vec<f64> = layer.channels_of(&outer).enumerate().map(entry).collect();
-    fitted(template, dims, &values, |i| i / (values.len() / dims[0].max(1)).max(1))
+    let (_, channels) = layer.runs_of(dims);
+    let values: Vec<f64> = channels.flat_map(|channels| kernels.iter().map(move |kernel| kernel[channels])).collect();
+    layer.fit_weight(template, dims, &values)
 }
 
 /// Whether the convolution at `node` looks at each pixel where it is, alone.
