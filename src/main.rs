@@ -374,11 +374,26 @@ fn table(report: &Report, verbose: bool) -> String {
         for name in &difference.unexercised {
             let _ = writeln!(text, "note: output `{name}` hardly varies over these inputs: it was held to its value");
         }
+        text += &untaken_note(difference);
     }
     for note in &report.notes {
         let _ = writeln!(text, "note: {note}");
     }
     text
+}
+
+/// A line about what was not compared; nothing where all was.
+fn untaken_note(difference: &Difference) -> String {
+    const NAMED: usize = 3;
+    let (named, rest) = difference.untaken.split_at(difference.untaken.len().min(NAMED));
+    let rest = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+    match named {
+        [] => String::new(),
+        named => format!(
+            "note: no input took the {}{rest}, so nothing of that was compared; --input and --data give other inputs\n",
+            named.join(", the ")
+        ),
+    }
 }
 
 fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
@@ -418,6 +433,7 @@ fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::
         (Difference { error: difference.rounding, ..difference }, ROUNDING_BUDGET)
     };
     println!("{}", serde_json::to_string_pretty(&difference)?);
+    eprint!("{}", untaken_note(&difference));
     let budget = max_error.unwrap_or(budget);
     // Written so that NaN fails.
     if difference.error <= budget {

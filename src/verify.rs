@@ -48,6 +48,8 @@ pub struct Difference {
     pub classifies: bool,
     /// Outputs that these inputs hardly vary: they must nearly keep their values.
     pub unexercised: Vec<String>,
+    /// Branches that the original never takes on these inputs, so that nothing of them was compared.
+    pub untaken: Vec<String>,
     /// How many samples were compared.
     pub samples: usize,
 }
@@ -76,6 +78,14 @@ impl<'a> Runners<'a> {
             places.push(known.unwrap_or(self.ready.len() - 1));
         }
         samples.par_iter().zip(places).map(|(sample, place)| self.ready[place].1.run(sample)).collect()
+    }
+
+    /// The branches that no sample took.
+    fn untaken(&self) -> Vec<String> {
+        let mut taken = BTreeMap::new();
+        self.ready.iter().for_each(|(_, runner)| runner.note_branches(&mut taken));
+        let untaken = taken.into_iter().filter(|(_, taken)| !taken);
+        untaken.map(|((label, attribute), _)| format!("{attribute} of `{label}`")).collect()
     }
 }
 
@@ -130,6 +140,8 @@ pub struct Reference {
     scales: Vec<f64>,
     /// Outputs that these inputs hardly vary.
     unexercised: Vec<String>,
+    /// Branches that no input takes.
+    untaken: Vec<String>,
     /// Whether each output is scores by a softmax over its last axis: of three axes, it is a sequence of answers.
     sequences: Vec<bool>,
 }
@@ -215,6 +227,7 @@ impl Reference {
             flat: Vec::new(),
             scales,
             unexercised,
+            untaken: runners.untaken(),
             sequences,
         })
     }
@@ -308,7 +321,7 @@ impl Reference {
                 }
             }
         }
-        let mut difference = Difference { samples, ..Difference::default() };
+        let mut difference = Difference { samples, untaken: self.untaken.clone(), ..Difference::default() };
         for ((pool, name), &scale) in pools.iter().zip(&self.names).zip(&self.scales) {
             difference.rounding = max(difference.rounding, pool.rounding);
             if pool.classifies() && (!difference.classifies || pool.flips() > difference.flips) {

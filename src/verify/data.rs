@@ -14,7 +14,7 @@ use super::{
 use crate::{
     analysis::shapes::{Fact, Shapes},
     codec::Model,
-    ir::{DType, Graph, Inlet, Outlet},
+    ir::{DType, Graph, Inlet, Op, Outlet},
     linalg::normal,
     proto::{
         TypeProto, ValueInfoProto,
@@ -32,6 +32,8 @@ const MAX_MIXTURES: usize = 125;
 /// Random integers lie below this where they index no table that is known, else below its size: what is done to any row
 /// of the table must show.
 const INTEGERS_BELOW: usize = 128;
+/// So many samples hold as many that take the numbers that inputs are compared with as others.
+const COMPARED_PERIOD: usize = 8;
 
 /// Which samples something may look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +169,8 @@ struct Slot {
     /// Axes that are called like the first axis of some input: batches.
     batches: Vec<usize>,
     below: usize,
+    /// The numbers that it is compared with.
+    compared: Vec<f64>,
 }
 
 impl Samples {
@@ -193,9 +197,8 @@ impl Samples {
             return Err(DataError::NothingNamed { found, inputs: names() });
         }
         let (split, shortest) = npz::cut(&slots, arrays)?;
-        let has = |slot: &&Slot| split.contains_key(&slot.name) || request.fixed.contains_key(&slot.name);
         let drawn: Vec<_> = if request.data.is_some() {
-            slots.iter().filter(|slot| !has(slot)).map(|slot| slot.name.clone()).collect()
+            slots.iter().filter(|slot| slot.is_drawn(request, &split)).map(|slot| slot.name.clone()).collect()
         } else {
             Vec::new()
         };
@@ -221,6 +224,12 @@ impl Samples {
                 let one = Self::draw(&slots, request, &split, std::slice::from_ref(bound), 1);
                 request.engine.prepare(model, one.first().ok_or(Cannot::NoSamples)?)
             };
+            let telling = |bounds: &[Bound]| {
+                let mut samples = Self::draw(&slots, request, &split, bounds, count);
+                Self::take_compared(&slots, request, &split, &mut samples);
+                let runs = |sample: &Vec<Value>| request.engine.prepare(model, sample).is_ok();
+                samples.iter().skip(COMPARED_PERIOD / 2).step_by(2).take(bounds.len()).all(runs).then_some(samples)
+            };
             let Err(why) = runs(&bound) else {
                 let other = if request.data.is_some() {
                     None
@@ -228,7 +237,7 @@ impl Samples {
                     other_shapes(&slots, request, &sizes).into_iter().find(|bound| runs(bound).is_ok())
                 };
                 let bounds: Vec<_> = std::iter::once(bound.clone()).chain(other.clone()).collect();
-                let all = Self::draw(&slots, request, &split, &bounds, count);
+                let all = telling(&bounds).unwrap_or_else(|| Self::draw(&slots, request, &split, &bounds, count));
                 return Ok(Self {
                     all,
                     random: request.data.is_none(),
@@ -312,9 +321,30 @@ impl Samples {
         };
         (0..count).map(|i| slots.iter().map(|slot| one(slot, i)).collect()).collect()
     }
+
+    /// Gives every second four of `samples` the numbers that what is drawn is compared with, so that both arms of what
+    /// depends on it are run.
+    fn take_compared(
+        slots: &[Slot],
+        request: &Request,
+        given: &BTreeMap<String, Vec<Value>>,
+        samples: &mut [Vec<Value>],
+    ) {
+        for (i, sample) in samples.iter_mut().enumerate().filter(|(i, _)| i % COMPARED_PERIOD >= COMPARED_PERIOD / 2) {
+            let compared = |slot: &&Slot| !slot.compared.is_empty() && slot.is_drawn(request, given);
+            for (value, slot) in sample.iter_mut().zip(slots).filter(|(_, slot)| compared(slot)) {
+                value.values.fill(slot.compared[i / COMPARED_PERIOD % slot.compared.len()]);
+            }
+        }
+    }
 }
 
 impl Slot {
+    /// Whether its values are drawn: neither `given` nor fixed by `request`.
+    fn is_drawn(&self, request: &Request, given: &BTreeMap<String, Vec<Value>>) -> bool {
+        !given.contains_key(&self.name) && !request.fixed.contains_key(&self.name)
+    }
+
     /// The shape that `request` gives, else the declared one with its open axes of these extents.
     fn shape(&self, request: &Request, batch: usize, open: usize) -> Vec<usize> {
         if let Some(dims) = request.shapes.get(&self.name) {
@@ -355,7 +385,8 @@ fn slots(graph: &Graph) -> Vec<Slot> {
         let names = axis_names(&input.info);
         let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
         let batches = batches.collect();
-        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), batches, below }
+        let compared = compared(graph, input.node.out());
+        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), batches, below, compared }
     };
     graph.fed_inputs().map(slot).collect()
 }
@@ -447,4 +478,19 @@ fn table(graph: &Graph, value: Outlet) -> Option<usize> {
         _ => None,
     });
     indexed.min()
+}
+
+/// The numbers that `value`, an integer, is compared with for equality.
+fn compared(graph: &Graph, value: Outlet) -> Vec<f64> {
+    let mut numbers = Vec::new();
+    for (node, inlet) in graph.uses(value) {
+        let (Some(op), Inlet::Slot(slot)) = (graph.op(node).and_then(Op::standard), inlet) else { continue };
+        if slot == 0 && HANDING_ON.contains(&op) {
+            numbers.extend(compared(graph, node.out()));
+        } else if op == "Equal" {
+            let other = graph.operand(node, 1 - slot).and_then(|other| graph.constant(other)?.i64s());
+            numbers.extend(other.into_iter().flatten().map(|number| number as f64));
+        }
+    }
+    numbers
 }

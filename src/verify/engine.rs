@@ -7,6 +7,7 @@ mod tract;
 use std::{
     borrow::Cow,
     cell::Cell,
+    collections::BTreeMap,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -228,7 +229,13 @@ struct Prepared<'a> {
 trait Run: Send + Sync {
     /// The outputs for one sample.
     fn run(&self, sample: &[Value]) -> Result<Vec<Value>, Cannot>;
+
+    /// Notes which branches have been taken, as far as that is known.
+    fn note_branches(&self, _: &mut BTreeMap<Branch, bool>) {}
 }
+
+/// A branch: the label of the `If` and the attribute that holds it.
+pub(super) type Branch = (String, &'static str);
 
 /// A model ready to be run on inputs of one set of shapes.
 pub struct Runner(Box<dyn Run>);
@@ -247,6 +254,11 @@ impl Runner {
     /// When the engine fails on it.
     pub fn run(&self, sample: &[Value]) -> Result<Vec<Value>, Cannot> {
         self.0.run(sample)
+    }
+
+    /// Notes which branches the samples so far took, beside what is noted already.
+    pub(super) fn note_branches(&self, taken: &mut BTreeMap<Branch, bool>) {
+        self.0.note_branches(taken);
     }
 }
 

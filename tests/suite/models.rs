@@ -309,6 +309,31 @@ fn a_branch_that_no_sample_takes_is_not_taken_for_free() {
 }
 
 #[test]
+fn a_branch_is_run_by_the_number_that_an_input_is_compared_with_or_named() {
+    let text = |factor: f32| {
+        format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,8] x, int64 rate, bool fast) => (float[N,8] y)\n\
+             <int64 wanted = {{16000}}, float two = {{2}}>\n{{\n fits = Equal (rate, wanted)\n\
+             y = If (fits) <then_branch = yes () => (float[N,8] p)\n <float f = {{{factor}}}>\n\
+             {{\n p = Mul (x, f)\n }}, else_branch = no () => (float[N,8] q)\n {{\n q = Mul (x, two)\n }}>\n}}\n"
+        )
+    };
+    let [model, other] = [3.0, 4.0].map(|factor| onnx_shrink::text::parse(&text(factor)).unwrap());
+    let compare = |request: &Request, part| {
+        let samples = Samples::gather(&model, request).unwrap();
+        let reference = Reference::new(&Engine::default(), &model, samples.part(part)).unwrap();
+        reference.compare(&other).unwrap()
+    };
+    for part in [Split::Search, Split::Last] {
+        let difference = compare(&Request::default(), part);
+        assert!(difference.error > 0.1 && difference.untaken.is_empty(), "{difference:?}");
+    }
+    let fixed = [("rate".to_owned(), 8000.0)].into();
+    let difference = compare(&Request { fixed, ..Request::default() }, Split::Last);
+    assert_eq!((difference.error, difference.untaken), (0.0, vec!["then_branch of `y`".to_owned()]));
+}
+
+#[test]
 fn random_indices_reach_the_rows_of_the_whole_table() {
     let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (int32[N,8] x) => (float[N,8,4] y)\n\
                 <float[5000,4] table = normal(1)>\n{\n i = Cast <to = 7> (x)\n y = Gather (table, i)\n}\n";

@@ -1,11 +1,11 @@
 //! Running models with `If`s in an engine that can't: each condition is computed first, and the branch taken put in place.
 
-use std::sync::OnceLock;
+use std::{collections::BTreeMap, sync::OnceLock};
 
-use super::{Cannot, Prepared, Run, Value, tract};
+use super::{Branch, Cannot, Prepared, Run, Value, tract};
 use crate::{
     codec::Model,
-    ir::{DType, Graph, NodeId},
+    ir::{Body, DType, Graph, NodeId},
 };
 
 /// What a model computes up to its first `If`, and then what it computes in either case; each is planned when a sample
@@ -72,12 +72,25 @@ impl Run for Branches {
             Self::Asks { .. } => self.case(sample)?.run(sample),
         }
     }
+
+    fn note_branches(&self, taken: &mut BTreeMap<Branch, bool>) {
+        let Self::Asks { graph, node, cases, .. } = self else { return };
+        for (case, condition) in cases.iter().zip([false, true]) {
+            let branch = (graph.graph.label(*node).to_owned(), attribute(condition));
+            *taken.entry(branch).or_default() |= case.get().is_some();
+            case.get().into_iter().for_each(|case| case.note_branches(taken));
+        }
+    }
+}
+
+fn attribute(condition: bool) -> &'static str {
+    if condition { "then_branch" } else { "else_branch" }
 }
 
 /// Puts a branch of the `If` at `node` in its place.
 fn take(graph: &mut Graph, node: NodeId, condition: bool) -> Result<(), Cannot> {
-    let attribute = if condition { "then_branch" } else { "else_branch" };
-    let place = graph.op(node).and_then(|op| op.bodies.iter().position(|body| body.attribute == attribute));
+    let named = |body: &Body| body.attribute == attribute(condition);
+    let place = graph.op(node).and_then(|op| op.bodies.iter().position(named));
     place.and_then(|place| graph.inline(node, place)).ok_or_else(|| unusual(graph, node))
 }
 
