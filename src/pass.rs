@@ -335,20 +335,6 @@ impl Context {
         questions.iter().zip(keys).map(|(question, key)| self.remember(key, || find(question))).collect()
     }
 
-    /// Notes which channels are left, by value and axis, of those that there were.
-    pub(crate) fn keep_channels(&mut self, left: Kept) {
-        for (name, axes) in left {
-            let known = self.kept.entry(name).or_default();
-            for (axis, left) in axes {
-                let all = match known.remove(&axis) {
-                    Some(before) => left.iter().map(|&i| before[i]).collect(),
-                    None => left,
-                };
-                known.insert(axis, all);
-            }
-        }
-    }
-
     /// The shapes of `graph` at the verified input shapes.
     #[must_use]
     pub fn shapes(&self, graph: &Graph) -> Shapes {

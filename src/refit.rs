@@ -2,6 +2,7 @@
 //! the compressed layers before it hand on is closest to what it makes in the original (Zhang 2015; Y. He 2017).
 
 mod bias;
+mod statistics;
 mod walk;
 
 use std::{
@@ -32,12 +33,91 @@ const ROUNDS: usize = 4;
 /// A weight may grow by this much (algorithms.md §0.5): beyond, the system was too badly conditioned.
 const MAX_GROWTH: f64 = 10.0;
 
-/// Which channels are left of the values of a model, by the name of the value and the axis.
-pub type Kept = BTreeMap<String, BTreeMap<usize, Vec<usize>>>;
+/// Which channels are left of values, by the name of the value and the axis.
+pub type Left = BTreeMap<String, BTreeMap<usize, Vec<usize>>>;
+
+/// What the values of a compressed model are of those of the original.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    left: Left,
+    mixed: BTreeMap<String, Mixed>,
+}
+
+/// That a value holds `matrix`·y of the channels `left`, y, of a value of the original.
+#[derive(Clone, Debug)]
+struct Mixed {
+    axis: usize,
+    left: Vec<usize>,
+    matrix: DMatrix<f64>,
+}
+
+impl Kept {
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Notes which channels are left of those that there were.
+    pub fn narrow(&mut self, left: Left) {
+        for (name, axes) in left {
+            let known = self.left.entry(name.clone()).or_default();
+            for (axis, left) in axes {
+                if let Some(mixed) = self.mixed.get_mut(&name).filter(|mixed| mixed.axis == axis) {
+                    mixed.matrix = mixed.matrix.select_rows(&left);
+                }
+                let all = match known.remove(&axis) {
+                    Some(before) => left.iter().map(|&i| before[i]).collect(),
+                    None => left,
+                };
+                known.insert(axis, all);
+            }
+        }
+    }
+
+    /// Notes that the value `name` now holds `matrix` times its channels along `axis`.
+    pub fn mix(&mut self, name: &str, axis: usize, matrix: &DMatrix<f64>) {
+        let left = self.left.get(name).and_then(|axes| axes.get(&axis)).cloned();
+        let left = left.unwrap_or_else(|| (0..matrix.ncols()).collect());
+        let mixed = self.mixed.entry(name.to_owned());
+        let mixed = mixed.or_insert_with(|| Mixed { axis, matrix: DMatrix::identity(left.len(), left.len()), left });
+        mixed.matrix = matrix * &mixed.matrix;
+    }
+
+    /// The channels of the value `name` along `axis` that are left, where some are not.
+    #[must_use]
+    pub fn left(&self, name: &str, axis: usize) -> Option<&[usize]> {
+        self.left.get(name)?.get(&axis).map(Vec::as_slice)
+    }
+
+    fn touches(&self, name: &str) -> bool {
+        self.left.contains_key(name)
+    }
+
+    /// What the compressed model is to make of `rows`, the channels of the value `name` of the original along `axis`.
+    fn of_original(&self, name: &str, axis: usize, rows: &DMatrix<f32>) -> DMatrix<f32> {
+        match (self.mixed.get(name), self.left(name, axis)) {
+            (Some(mixed), _) => mixed.matrix.map(|v| v as f32) * rows.select_rows(&mixed.left),
+            (None, Some(left)) => rows.select_rows(left),
+            (None, None) => rows.clone(),
+        }
+    }
+}
+
+/// What of layers is fitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// The weights; the mean and deviation of each channel where these can't be, or the vectors that are read are too long.
+    Weights,
+    /// The mean and deviation of each channel.
+    Statistics,
+}
 
 /// What a layer is fitted to: rows that the original computes, by sample.
 struct Target {
+    fit: Fit,
     linear: Linear,
+    /// The node before which it is fitted: the layer itself, or the first one that reads what it makes.
+    next: NodeId,
     /// What the layer makes, bias included.
     result: Outlet,
     /// The value whose original the layer approximates: its result, or the sum that it goes into.
@@ -97,7 +177,7 @@ impl Originals {
                 let rows = |((target, (result, _)), value): (&(&Target, &(String, String)), &Outlet)| {
                     let value = &values[unique.binary_search(value).unwrap_or_default()];
                     let at = moments::positions(target.linear.positions_of(value), result, *key);
-                    (target.linear.channel_axis(value), target.linear.results(value, &at).map(|v| v as f32))
+                    (target.linear.channel_axis(value.dims.len()), target.linear.results(value, &at).map(|v| v as f32))
                 };
                 Ok(open.iter().zip(&wanted).map(rows).collect::<Vec<_>>())
             };
@@ -125,8 +205,8 @@ impl Originals {
     }
 }
 
-/// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`, but for
-/// those that read vectors of more than `max_size` elements; says how many layers were fitted.
+/// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`; the weights
+/// of those that read vectors of more than `max_size` elements are not fitted. Says how many layers were.
 ///
 /// # Errors
 ///
@@ -136,11 +216,11 @@ pub fn refit(
     original: &Model,
     model: &mut Model,
     kept: &Kept,
-    (samples, max_size): (&[Vec<Value>], usize),
+    (what, samples, max_size): (Fit, &[Vec<Value>], usize),
     progress: &mut dyn FnMut(&str),
 ) -> Result<usize, Cannot> {
-    let mut targets = targets(original, model, kept);
-    targets.retain(|target| target.linear.columns <= max_size);
+    let is_fitted = |linear: &Linear| what == Fit::Weights && linear.is_direct() && linear.columns <= max_size;
+    let mut targets = targets(original, model, kept, &is_fitted);
     if samples.is_empty() || targets.is_empty() {
         return Ok(0);
     }
@@ -148,49 +228,58 @@ pub fn refit(
     let keys: Vec<u64> = samples.iter().map(|sample| moments::hash(sample)).collect();
     let rows = originals.rows(engine, original, model, &targets, (samples, &keys))?;
     for (target, wanted) in targets.iter_mut().zip(rows) {
-        let left = kept.get(model.graph.name(target.value)).and_then(|axes| axes.get(&wanted.axis));
-        target.rows = match left {
-            Some(left) => wanted.rows.iter().map(|rows| rows.select_rows(left)).collect(),
-            None => wanted.rows.clone(),
-        };
+        let of_original = |rows| kept.of_original(model.graph.name(target.value), wanted.axis, rows);
+        target.rows = wanted.rows.iter().map(of_original).collect();
     }
     let (mut walk, mut fitted) = (Walk::new(engine, &model.graph, samples), 0);
     let count = targets.len();
     for (i, target) in targets.iter().enumerate() {
         progress(&format!("refitting layer {} of {count}", i + 1));
-        walk.advance(model, target.linear.node)?;
-        fitted += usize::from(fit(&mut model.graph, target, &walk, &keys).is_some());
+        walk.advance(model, target.next)?;
+        let done = match target.fit {
+            Fit::Weights => fit(&mut model.graph, target, &walk, &keys),
+            Fit::Statistics => statistics::repair(&mut model.graph, target, &mut walk, &keys),
+        };
+        fitted += usize::from(done.is_some());
     }
     Ok(fitted)
 }
 
-/// The layers of `model` that read something else than in the original, in order, with what each is fitted to.
-fn targets(original: &Model, model: &Model, kept: &Kept) -> Vec<Target> {
+/// The layers of `model` that read something else than in the original, in the order in which they are fitted, with what each is
+/// fitted to; `is_fitted` says of which the weights are.
+fn targets(original: &Model, model: &Model, kept: &Kept, is_fitted: &dyn Fn(&Linear) -> bool) -> Vec<Target> {
     let (graph, known) = (&model.graph, original.graph.values());
     let mut touched: BTreeSet<Outlet> = BTreeSet::new();
     let order: BTreeMap<NodeId, usize> = graph.ops().into_iter().enumerate().map(|(i, id)| (id, i)).collect();
     let mut targets = Vec::new();
     for id in graph.ops() {
         let mut reads = graph.operands(id).into_iter().flatten().chain(graph.captures(id).into_values());
-        let reads_other = reads.any(|value| touched.contains(&value) || kept.contains_key(graph.name(value)))
+        let reads_other = reads.any(|value| touched.contains(&value) || kept.touches(graph.name(value)))
             || reads_elsewhere(&original.graph, graph, id, &known);
         let linear = Linear::of(graph, id);
         let is_other = linear.as_ref().is_some_and(|linear| !is_as_before(original, graph, linear, &known, kept));
         if reads_other || is_other {
             touched.extend((0..graph.output_count(id)).map(|slot| id.at(slot)));
         }
-        let Some(linear) = linear.filter(|linear| reads_other && linear.is_direct()) else { continue };
+        let Some(linear) = linear.filter(|linear| reads_other && !linear.is_recurrent()) else { continue };
         if graph.uses(linear.weight).len() != 1 {
             continue;
         }
         let result = Bias::of(graph, &linear).result(&linear);
+        let fit = if is_fitted(&linear) { Fit::Weights } else { Fit::Statistics };
         let sum = partner(graph, &linear, result, &order).filter(|(sum, _)| known.contains_key(graph.name(*sum)));
+        let sum = sum.filter(|_| fit == Fit::Weights);
         let (value, partner) = sum.map_or((result, None), |(sum, partner)| (sum, Some(partner)));
-        if known.contains_key(graph.name(value)) {
+        let next = match fit {
+            Fit::Weights => Some(linear.node),
+            Fit::Statistics => graph.uses(result).into_iter().map(|(node, _)| node).min_by_key(|node| order.get(node)),
+        };
+        if let (Some(next), true) = (next, known.contains_key(graph.name(value))) {
             let rectified = rectified(graph, value);
-            targets.push(Target { linear, result, value, partner, rectified, rows: Vec::new() });
+            targets.push(Target { fit, linear, next, result, value, partner, rectified, rows: Vec::new() });
         }
     }
+    targets.sort_by_key(|target| order.get(&target.next));
     targets
 }
 
@@ -229,7 +318,7 @@ fn is_as_before(original: &Model, graph: &Graph, linear: &Linear, known: &BTreeM
         return false;
     };
     let axis = linear.output_axis();
-    let channels = kept.get(name).and_then(|axes| axes.values().next());
+    let channels = kept.left.get(name).and_then(|axes| axes.values().next());
     let old = channels.map_or(Some(old.clone()), |kept| old.select(axis, kept));
     old.is_some_and(|old| old.dims() == new.dims() && old.same(new))
 }

@@ -166,6 +166,11 @@ impl Channels {
         self.axes.get(&(value, axis)).map(|&(_, extent)| extent)
     }
 
+    /// The axes of `value` that are known.
+    pub fn axes_of(&self, value: Outlet) -> impl Iterator<Item = usize> + '_ {
+        self.axes.range((value, 0)..=(value, usize::MAX)).map(|((_, axis), _)| *axis)
+    }
+
     /// The axes that have units, each with its value and extent.
     pub fn axes(&self) -> impl Iterator<Item = (Outlet, usize, usize)> {
         self.axes.iter().map(|(&(value, axis), &(_, extent))| (value, axis, extent))

@@ -225,6 +225,18 @@ impl Linear {
         matches!(self.form, Form::Dense { .. } | Form::Patches(_))
     }
 
+    /// How many channels it makes, those of all groups.
+    #[must_use]
+    pub fn output_channels(&self) -> usize {
+        self.rows / self.spread * self.groups
+    }
+
+    /// Whether it is a part of a recurrent layer.
+    #[must_use]
+    pub fn is_recurrent(&self) -> bool {
+        matches!(self.form, Form::Gates | Form::States { .. })
+    }
+
     /// The operand slot of the constant.
     #[must_use]
     pub fn slot(&self) -> u32 {
@@ -255,11 +267,11 @@ impl Linear {
         }
     }
 
-    /// The axis of `value`, the operand or the result, along which its channels stand.
+    /// The axis of the operand and of the result, values of this `rank`, along which their channels stand.
     #[must_use]
-    pub fn channel_axis(&self, value: &Value) -> usize {
+    pub fn channel_axis(&self, rank: usize) -> usize {
         match self.form {
-            Form::Dense { .. } | Form::Gates | Form::States { .. } => value.dims.len().saturating_sub(1),
+            Form::Dense { .. } | Form::Gates | Form::States { .. } => rank.saturating_sub(1),
             Form::Patches(_) | Form::Pixels | Form::Taps => 1,
         }
     }
@@ -328,7 +340,7 @@ impl Linear {
     /// How many vectors a value shaped like the result was made of.
     #[must_use]
     pub fn positions_of(&self, y: &Value) -> usize {
-        y.values.len() / y.dims.get(self.channel_axis(y)).copied().unwrap_or(1).max(1)
+        y.values.len() / y.dims.get(self.channel_axis(y.dims.len())).copied().unwrap_or(1).max(1)
     }
 
     /// The vectors of `x` at `positions` as columns, those of each group: d×n.

@@ -3,6 +3,7 @@
 mod allocate;
 mod compensate;
 mod curve;
+mod pair;
 mod score;
 
 use std::{
@@ -217,7 +218,12 @@ const PROBED: f64 = 0.03;
 
 /// Measures how much error of the whole model an error of what reads each group makes: each is pruned a little by itself, and where
 /// its curve is one of norms, further too.
-fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc<Curve>], cx: &mut Context) {
+fn probe(
+    (graph, channels, shapes): (&Graph, &Channels, &Shapes),
+    groups: &mut [Group],
+    curves: &[Arc<Curve>],
+    cx: &mut Context,
+) {
     if cx.yardstick.is_none() {
         return;
     }
@@ -236,7 +242,8 @@ fn probe(graph: &Graph, channels: &Channels, groups: &mut [Group], curves: &[Arc
         spare(channels, &mut doomed);
         let doomed = doomed.into_keys().collect();
         let mut trial = graph.clone();
-        let compensation = Compensation::of(graph, channels, &doomed, &moments, false);
+        let compensation =
+            Compensation::of((graph, channels, shapes), std::slice::from_ref(group), &doomed, &moments, false);
         remove(&mut trial, channels, &doomed, Prune::NAME);
         compensation.apply(&mut trial, Prune::NAME);
         let (error, predicted) = (yardstick.as_ref()?.error(&trial)?, curve.errors[gone - 1]);
@@ -263,9 +270,9 @@ impl Prune {
         let channels = Channels::of(graph, telling);
         let mut groups = groups(graph, &channels, cx);
         let mut doomed = BTreeMap::new();
-        let curves = self.curves(graph, &channels, &groups, cx, outermost);
+        let curves = self.curves((graph, &channels, shapes), &groups, cx, outermost);
         if outermost && self.ratio.is_none() {
-            probe(graph, &channels, &mut groups, &curves, cx);
+            probe((graph, &channels, shapes), &mut groups, &curves, cx);
         }
         for ((group, curve), gone) in
             groups.iter().zip(&curves).zip(self.counts(graph, &channels, shapes, &groups, &curves, cx))
@@ -281,15 +288,23 @@ impl Prune {
         if !doomed.is_empty() {
             let doomed = doomed.into_keys().collect();
             let compensate = if outermost { self.compensation(cx) } else { Compensate::None };
-            let compensation = (compensate > Compensate::None)
-                .then(|| Compensation::of(graph, &channels, &doomed, &cx.moments, compensate == Compensate::Bias));
+            let compensation = (compensate > Compensate::None).then(|| {
+                Compensation::of(
+                    (graph, &channels, shapes),
+                    &groups,
+                    &doomed,
+                    &cx.moments,
+                    compensate == Compensate::Bias,
+                )
+            });
             let kept = remove(graph, &channels, &doomed, Self::NAME);
+            if outermost {
+                cx.kept.narrow(kept);
+            }
             if let Some(compensation) = compensation {
+                compensation.mixed().for_each(|(name, axis, matrix)| cx.kept.mix(name, axis, matrix));
                 let fitted = compensation.apply(graph, Self::NAME);
                 cx.add("layers fitted to what went", fitted);
-            }
-            if outermost {
-                cx.keep_channels(kept);
             }
             cx.refit |= compensate == Compensate::Refit;
         }
@@ -311,8 +326,7 @@ impl Prune {
     /// The order in which the units of each group go, and the error that this makes.
     fn curves(
         &self,
-        graph: &Graph,
-        channels: &Channels,
+        place @ (graph, channels, _): (&Graph, &Channels, &Shapes),
         groups: &[Group],
         cx: &mut Context,
         outermost: bool,
@@ -322,7 +336,7 @@ impl Prune {
         let (table, others) = if outermost { (&*table, &*others) } else { (&none, &none) };
         let score = self.score.unwrap_or(if table.is_empty() { Score::L2 } else { Score::Obs });
         let key = |group: &Group| score.key(graph, channels, group, table);
-        cx.remember_all(groups, key, |group| score.curve(graph, channels, group, (table, others)))
+        cx.remember_all(groups, key, |group| score.curve(place, group, (table, others)))
     }
 
     /// How many units of each group go.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     analysis::channels::{Channels, Count},
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
-    refit::Kept,
+    refit::Left,
 };
 
 /// Spares the best of the doomed classes of each axis that would be left without any. An index of a product goes with any of
@@ -28,7 +28,7 @@ pub(super) fn spare(channels: &Channels, doomed: &mut BTreeMap<usize, f64>) {
 
 /// Removes the classes `doomed` from every constant, and what spells their count; new constants are named after `pass`.
 /// Answers which channels are left of each value that lost some.
-pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>, pass: &str) -> Kept {
+pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<usize>, pass: &str) -> Left {
     let stays =
         |value: Outlet, axis: usize, i: usize| !channels.classes(value, axis, i).iter().any(|c| doomed.contains(c));
     let kept =
@@ -51,7 +51,7 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         }
     }
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
-    let mut left = Kept::new();
+    let mut left = Left::new();
     for (value, axis, kept, extent) in axes {
         if kept.len() == extent || channels.is_inner(value, axis) {
             continue;

@@ -16,7 +16,7 @@ pub(crate) enum Bias {
 }
 
 impl Bias {
-    /// Of a layer that is direct.
+    /// Of a layer that is no part of a recurrent one.
     pub(crate) fn of(graph: &Graph, linear: &Linear) -> Self {
         if graph.op_of(linear.node, "MatMul").is_none() {
             return Self::Own;
@@ -47,7 +47,7 @@ impl Bias {
 
     /// One value for each output channel; `None` where it is no constant or of another form.
     pub(crate) fn values(&self, graph: &Graph, linear: &Linear) -> Option<Vec<f64>> {
-        let count = linear.rows * linear.groups;
+        let count = linear.output_channels();
         let Some(bias) = self.place(linear).and_then(|(node, slot)| graph.operand(node, slot)) else {
             return Some(vec![0.0; count]);
         };
@@ -63,6 +63,9 @@ impl Bias {
     pub(crate) fn set(&self, graph: &mut Graph, linear: &Linear, values: &[f64], pass: &str) -> Option<()> {
         let like = graph.weight(graph.operand(linear.node, 1)?)?.clone();
         let Some((node, slot)) = self.place(linear) else {
+            if values.iter().all(|&value| value == 0.0) {
+                return Some(());
+            }
             let name = format!("{}.{pass}", graph.name(linear.node.out()));
             let bias = graph.add_const(like.fit(&[values.len()], values)?, &format!("{name}.bias"));
             let result = linear.node.out();

@@ -10,7 +10,7 @@ use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price, Yardstick},
     pipeline::{self, Item, Outcome},
-    refit::{Kept, Originals, refit},
+    refit::{Fit, Kept, Originals, refit},
     verify::{Difference, Engine, Reference, Samples, Split, Value},
 };
 
@@ -154,8 +154,9 @@ impl<'a> Stage<'a> {
         Ok(Result { model, outcomes, refitted, is_new, difference })
     }
 
-    /// Refits `model` where `judge` finds it closer to the original then. What minimizes the error of each layer need not do so
-    /// for the model (algorithms.md §16), so both are measured.
+    /// Refits `model` where `judge` finds it closer to the original then, and where nothing is searched for gives channels the
+    /// mean and deviation that they have there if that is closer still. What minimizes the error of each layer need not do so
+    /// for the model (algorithms.md §16), so all are measured.
     fn refit(
         &self,
         model: Model,
@@ -163,24 +164,35 @@ impl<'a> Stage<'a> {
         judge: &Reference,
         progress: &mut dyn FnMut(&str),
     ) -> std::result::Result<Refit, ShrinkError> {
-        let mut fitted = model.clone();
-        refit((self.engine, &self.originals), &self.start.0, &mut fitted, kept, (&self.fit, self.max_size), progress)?;
-        let (plain, better) = (judge.compare(&model)?, judge.compare(&fitted)?);
-        if better.error.is_nan() || better.error > plain.error {
-            return Ok(Refit { model, helped: false, difference: Some(plain) });
+        let mut run = |model: &Model, ways: &[Fit], originals: &Originals, samples: &[Vec<Value>]| {
+            let mut fitted = model.clone();
+            for &way in ways {
+                let samples = (way, samples, self.max_size);
+                refit((self.engine, originals), &self.start.0, &mut fitted, kept, samples, progress)?;
+            }
+            Ok::<_, ShrinkError>(fitted)
+        };
+        let (mut ways, mut best) = (&[][..], (model.clone(), judge.compare(&model)?));
+        let candidates: &[&[Fit]] = if self.choose.is_empty() {
+            &[&[Fit::Weights]]
+        } else {
+            &[&[Fit::Weights], &[Fit::Weights, Fit::Statistics], &[Fit::Statistics]]
+        };
+        for candidate in candidates {
+            let fitted = match candidate {
+                [Fit::Weights, rest @ ..] if ways == [Fit::Weights] => run(&best.0, rest, &self.originals, &self.fit)?,
+                _ => run(&model, candidate, &self.originals, &self.fit)?,
+            };
+            let difference = judge.compare(&fitted)?;
+            if difference.error <= best.1.error {
+                (ways, best) = (candidate, (fitted, difference));
+            }
         }
-        if !self.choose.is_empty() {
-            let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
-            fitted = model;
-            refit(
-                (self.engine, &Originals::default()),
-                &self.start.0,
-                &mut fitted,
-                kept,
-                (&all, self.max_size),
-                progress,
-            )?;
+        if ways.is_empty() || self.choose.is_empty() {
+            let (model, difference) = best;
+            return Ok(Refit { model, helped: !ways.is_empty(), difference: Some(difference) });
         }
-        Ok(Refit { model: fitted, helped: true, difference: Some(better).filter(|_| self.choose.is_empty()) })
+        let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
+        Ok(Refit { model: run(&model, ways, &Originals::default(), &all)?, helped: true, difference: None })
     }
 }

@@ -7,7 +7,7 @@ use onnx_shrink::{
     ir::{Graph, Tensor, Weight},
     pass::{Context, Minimize, Price, Yardstick},
     pipeline,
-    refit::{Kept, Originals, refit},
+    refit::{Fit, Kept, Originals, refit},
     shrink::{Job, shrink},
     text,
     verify::{Engine, Reference, Request, Samples, Split, Value, takes_batches},
@@ -222,13 +222,97 @@ fn a_refit_brings_a_net_closer_to_the_original() {
         let (fit, last) = (samples.part(Split::Fit), samples.part(Split::Last));
         let (mut after, cx) = prune(&model, &format!(":ratio={ratio}"), &fit);
         let before = error(&model, &after, &last);
-        let fitted =
-            refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, (&fit, 600), &mut |_| {})
-                .unwrap();
+        let fitted = refit(
+            (&Engine::default(), &Originals::default()),
+            &model,
+            &mut after,
+            &cx.kept,
+            (Fit::Weights, &fit, 600),
+            &mut |_| {},
+        )
+        .unwrap();
         assert!(fitted > 0);
         let refitted = error(&model, &after, &last);
         assert!(refitted < before, "{name}: {before} {refitted}");
     }
+}
+
+#[test]
+fn keys_make_up_for_the_channels_that_queries_and_keys_lose() {
+    let plain = model(
+        "(float[N,7,6] x) => (float[N,7,6] y)",
+        "float[6,8] w = lowrank(4, 5), float[8,4] q = normal(1), float[4] b = normal(2), float[8,4] k = normal(3),\n\
+         float[4] c = normal(4)",
+        "h = MatMul (x, w)\n q0 = MatMul (h, q)\n q1 = Add (q0, b)\n k0 = MatMul (h, k)\n k1 = Add (k0, c)\n\
+         k2 = Transpose <perm = [0, 2, 1]> (k1)\n s = MatMul (q1, k2)\n t = Softmax <axis = -1> (s)\n y = MatMul (t, x)",
+    );
+    // Two channels of each are mixtures of the other two.
+    let mut model = plain;
+    for (name, weights) in [("q", [0.7, -0.4]), ("b", [0.7, -0.4]), ("k", [0.2, 1.1]), ("c", [0.2, 1.1])] {
+        let value = model.graph.values()[name];
+        let tensor = model.graph.constant(value).unwrap();
+        let (dims, mut values) = (tensor.dims().to_vec(), tensor.f32s().unwrap());
+        for row in values.chunks_mut(4) {
+            let [a, b] = [row[0], row[1]];
+            (row[2], row[3]) = (weights[0] * a + weights[1] * b, weights[1] * a - weights[0] * b);
+        }
+        model.graph.set_weight(value, Weight::dense(Tensor::f32(&dims, &values)));
+    }
+    let samples = samples(64, &[1, 7, 6]);
+    let (mut fitted, cx) = prune(&model, ":ratio=0.5", &samples);
+    let (bare, _) = prune(&model, ":ratio=0.5:compensate=none", &samples);
+    assert_eq!(parameters(&fitted.graph), 6 * 4 + 2 * (4 * 2 + 2));
+    let made_up = error(&model, &fitted, &samples);
+    assert!(made_up < 0.01 && error(&model, &bare, &samples) > 0.1, "{made_up}");
+    // What the keys are fitted to is the mixture, too.
+    let way = (Fit::Weights, &samples[..], 600);
+    let count = refit((&Engine::default(), &Originals::default()), &model, &mut fitted, &cx.kept, way, &mut |_| {});
+    assert_eq!(count.unwrap(), 2);
+    assert!(error(&model, &fitted, &samples) < 0.01, "{}", error(&model, &fitted, &samples));
+}
+
+#[test]
+fn channels_get_the_mean_and_deviation_that_they_have_in_the_original() {
+    let model = model(
+        "(float[N,4,6,6] x) => (float[N,3,11,11] y)",
+        "float[8,4,3,3] w = normal(1), float[8,6,3,3] v = normal(2), float[3,6,1,1] u = normal(3)",
+        "a = Conv (x, w)\n b = Relu (a)\n c = ConvTranspose <strides = [2, 2], pads = [0, 0, 1, 1], output_padding = [1, 1]> (b, v)\n\
+         d = Relu (c)\n y = Conv <kernel_shape = [1, 1], pads = [1, 1, 1, 1]> (d, u)",
+    );
+    let samples = samples(48, &[1, 4, 6, 6]);
+    let (mut after, cx) = prune(&model, ":ratio=0.5:compensate=none", &samples);
+    let values = |model: &Model, wanted: &[usize]| {
+        let made = model.graph.values()["c"];
+        let probe = Engine::default().probe(model, &[made], &samples[0]).unwrap();
+        let mut sums = vec![(0.0, 0.0, 0.0); wanted.len()];
+        for sample in &samples {
+            let value = probe.run(sample).unwrap().remove(0);
+            let area: usize = value.dims[2..].iter().product();
+            for (sum, &channel) in sums.iter_mut().zip(wanted) {
+                for v in &value.values[channel * area..(channel + 1) * area] {
+                    *sum = (sum.0 + 1.0, sum.1 + v, sum.2 + v * v);
+                }
+            }
+        }
+        let mean_and_deviation =
+            |(n, sum, squares): (f64, f64, f64)| (sum / n, (squares / n - (sum / n).powi(2)).sqrt());
+        sums.into_iter().map(mean_and_deviation).collect::<Vec<_>>()
+    };
+    let left = cx.kept.left("c", 1).unwrap();
+    let all: Vec<_> = (0..left.len()).collect();
+    let far = |after: &Model| {
+        let pairs = values(&model, left).into_iter().zip(values(after, &all));
+        pairs
+            .map(|((m, d), (mean, deviation))| ((m - mean) / d).abs() + (deviation / d - 1.0).abs())
+            .fold(0.0, f64::max)
+    };
+    let before = far(&after);
+    let way = (Fit::Statistics, &samples[..], 600);
+    assert!(
+        refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, way, &mut |_| {}).unwrap() > 0
+    );
+    // Few samples are not trusted wholly, and only some places are looked at.
+    assert!(before > 0.5 && far(&after) < 0.35, "{before} {}", far(&after));
 }
 
 #[test]
@@ -240,8 +324,8 @@ fn a_refit_of_what_did_not_change_does_nothing() {
             (&Engine::default(), &Originals::default()),
             &model,
             &mut same,
-            &Kept::new(),
-            (&samples(8, &[1, 6]), 600),
+            &Kept::default(),
+            (Fit::Weights, &samples(8, &[1, 6]), 600),
             &mut |_| {}
         )
         .unwrap(),
@@ -263,8 +347,15 @@ fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
     let (mut after, cx) = prune(&model, ":ratio=0.5", &samples);
     let before = error(&model, &after, &samples);
     assert!(
-        refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, (&samples, 600), &mut |_| {})
-            .unwrap()
+        refit(
+            (&Engine::default(), &Originals::default()),
+            &model,
+            &mut after,
+            &cx.kept,
+            (Fit::Weights, &samples, 600),
+            &mut |_| {}
+        )
+        .unwrap()
             > 0
     );
     assert!(error(&model, &after, &samples) <= before * 1.01);

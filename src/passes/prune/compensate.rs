@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nalgebra::{DMatrix, DVector};
 
+use super::{Group, pair::Pair};
 use crate::{
     analysis::{
         channels::{Channels, Role},
         linear::Linear,
         moments::{Table, together},
+        shapes::Shapes,
     },
     ir::{Graph, NodeId, Outlet},
     linalg::{Cholesky, energy, product},
@@ -124,13 +126,26 @@ struct Change {
 }
 
 /// What makes up for removed channels.
-pub(super) struct Compensation(Vec<Change>);
+pub(super) struct Compensation {
+    changes: Vec<Change>,
+    mixtures: Vec<Mixture>,
+}
+
+/// That a layer makes `matrix`·y where it made y.
+struct Mixture {
+    node: NodeId,
+    slot: u32,
+    /// What the layer makes, the axis of it along which channels stand, and the name of it.
+    name: String,
+    axis: usize,
+    matrix: DMatrix<f64>,
+}
 
 impl Compensation {
-    /// For the classes `doomed`, found before they go; by the biases alone where `bias_only` is set.
+    /// For the classes `doomed` of `groups`, found before they go; by the biases alone where `bias_only` is set.
     pub(super) fn of(
-        graph: &Graph,
-        channels: &Channels,
+        place @ (graph, channels, _): (&Graph, &Channels, &Shapes),
+        groups: &[Group],
         doomed: &BTreeSet<usize>,
         table: &Table,
         bias_only: bool,
@@ -140,6 +155,16 @@ impl Compensation {
             let is_doomed = |&i: &usize| channels.classes(value, axis, i).iter().any(|class| doomed.contains(class));
             (0..extent).partition(|i| !is_doomed(i))
         };
+        let mixture = |group: &Group| {
+            let units: Vec<_> = (0..group.units.len()).filter(|&unit| !doomed.contains(&group.units[unit])).collect();
+            if bias_only || units.len() == group.units.len() {
+                return None;
+            }
+            let pair = Pair::of(place, group, table)?;
+            let made = kept(pair.second.weight, pair.second.output_axis()).0;
+            Mixture::of(graph, channels, &pair, &units, &made)
+        };
+        let mixtures = groups.iter().filter_map(mixture).collect();
         let mut changes = BTreeMap::new();
         for side in channels.sides.iter().filter(|side| side.role == Role::Reads) {
             let (stay, go) = kept(side.weight, side.axis);
@@ -167,7 +192,12 @@ impl Compensation {
                 changes.insert((node, slot), Change { node, slot, by_pixels, groups: groups.clone() });
             }
         }
-        Self(changes.into_values().collect())
+        Self { changes: changes.into_values().collect(), mixtures }
+    }
+
+    /// The values of whose channels the layers make mixtures, by name, the axis of the channels, and the matrix.
+    pub(super) fn mixed(&self) -> impl Iterator<Item = (&str, usize, &DMatrix<f64>)> {
+        self.mixtures.iter().map(|mixture| (mixture.name.as_str(), mixture.axis, &mixture.matrix))
     }
 
     /// Makes the changes, once the channels are gone; says to how many layers.
@@ -192,7 +222,43 @@ impl Compensation {
                 set_matrices(graph, &linear, &matrices, pass)
             }
         };
-        self.0.into_iter().filter_map(apply).count()
+        let fitted = self.changes.into_iter().filter_map(apply).count();
+        fitted + self.mixtures.into_iter().filter_map(|mixture| mixture.apply(graph, pass)).count()
+    }
+}
+
+impl Mixture {
+    /// For the `units` that are kept of each head, where the layer keeps the output channels `made`.
+    fn of(graph: &Graph, channels: &Channels, pair: &Pair, units: &[usize], made: &[usize]) -> Option<Self> {
+        let mut matrix = DMatrix::identity(made.len(), made.len());
+        for head in &pair.heads {
+            let places: Option<Vec<_>> = units.iter().map(|&u| made.binary_search(&head.places[u]).ok()).collect();
+            // A head may go as a whole.
+            let Some(places) = places else { continue };
+            let mix = head.mix(units)?;
+            for (i, &row) in places.iter().enumerate() {
+                for (j, &column) in places.iter().enumerate() {
+                    matrix[(row, column)] = mix[(i, j)];
+                }
+            }
+        }
+        let linear = &pair.second;
+        let result = Bias::of(graph, linear).result(linear);
+        let classes = |value: Outlet, axis: usize| channels.classes(value, axis, pair.heads[0].places[0]);
+        let is_same = |&axis: &usize| classes(result, axis) == classes(linear.weight, linear.output_axis());
+        let axis = channels.axes_of(result).find(is_same)?;
+        let name = graph.name(result).to_owned();
+        Some(Self { node: linear.node, slot: linear.slot(), name, axis, matrix })
+    }
+
+    fn apply(self, graph: &mut Graph, pass: &str) -> Option<()> {
+        let linear = Linear::within(graph, self.node).into_iter().find(|linear| linear.slot() == self.slot)?;
+        let matrix = linear.matrices(&graph.constant(linear.weight)?.f64s()?).pop()?;
+        let bias = Bias::of(graph, &linear);
+        let values = DVector::from_vec(bias.values(graph, &linear)?);
+        (matrix.nrows() == self.matrix.ncols()).then_some(())?;
+        set_matrices(graph, &linear, &[product(&self.matrix, &matrix)], pass)?;
+        bias.set(graph, &linear, (&self.matrix * values).as_slice(), pass)
     }
 }
 

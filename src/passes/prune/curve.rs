@@ -2,6 +2,7 @@
 
 use nalgebra::{DMatrix, DVector};
 
+use super::pair::Elimination;
 use crate::linalg::{Cholesky, energy, product, subtract_product};
 
 /// Channels that are removed between two looks at what each would cost are this share of those that are left: a small one,
@@ -119,10 +120,10 @@ impl Reader {
 }
 
 impl Curve {
-    /// Greedy structured OBS over all `readers` of `count` units (Hassibi & Stork 1993; Kurtic 2023): always the unit goes
+    /// Greedy structured OBS over all `readers` of `count` units, and over the `products` that they meet in (Hassibi & Stork 1993; Kurtic 2023): always the unit goes
     /// that costs least.
-    pub(super) fn greedy(readers: Vec<Reader>, count: usize) -> Self {
-        let (mut left, mut walk) = ((0..count).collect::<Vec<_>>(), Walk::new(readers, count));
+    pub(super) fn greedy(readers: Vec<Reader>, products: Option<Elimination>, count: usize) -> Self {
+        let (mut left, mut walk) = ((0..count).collect::<Vec<_>>(), Walk::new(readers, products, count));
         while left.len() > 1 {
             let mut costs: Vec<_> = left.iter().map(|&unit| (walk.cost(unit), unit)).collect();
             costs.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
@@ -134,8 +135,8 @@ impl Curve {
     }
 
     /// The units in the order of their scores, the smallest first; each reader makes up for what went before.
-    pub(super) fn scored(readers: Vec<Reader>, scores: &[f64]) -> Self {
-        let mut walk = Walk::new(readers, scores.len());
+    pub(super) fn scored(readers: Vec<Reader>, products: Option<Elimination>, scores: &[f64]) -> Self {
+        let mut walk = Walk::new(readers, products, scores.len());
         let (mut order, mut left) = (&ascending(scores)[..], scores.len());
         while !order.is_empty() {
             let (next, rest) = order.split_at(round(left).min(order.len()));
@@ -164,6 +165,9 @@ impl Curve {
 /// Units being removed one after another.
 struct Walk {
     readers: Vec<Reader>,
+    products: Option<Elimination>,
+    /// The part of the error so far that is theirs.
+    lost_in_products: f64,
     curve: Curve,
     /// Removals between two checks, and what the error at each check is above the prediction, with how many units were gone.
     every: usize,
@@ -171,21 +175,37 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(readers: Vec<Reader>, count: usize) -> Self {
+    fn new(readers: Vec<Reader>, products: Option<Elimination>, count: usize) -> Self {
         let curve = Curve { order: Vec::new(), errors: Vec::new(), is_blind: false };
-        Self { readers, curve, every: count.div_ceil(CHECKS).max(1), checks: vec![(0, 0.0)] }
+        Self {
+            readers,
+            products,
+            lost_in_products: 0.0,
+            curve,
+            every: count.div_ceil(CHECKS).max(1),
+            checks: vec![(0, 0.0)],
+        }
     }
 
     fn cost(&self, unit: usize) -> f64 {
-        self.readers.iter().map(|reader| reader.cost(&[unit])).sum()
+        let of_readers: f64 = self.readers.iter().map(|reader| reader.cost(&[unit])).sum();
+        of_readers + self.products.as_ref().map_or(0.0, |products| products.cost(unit))
     }
 
     /// Removes some units, given with what each alone would cost; what they cost together is split in that proportion.
     fn remove(&mut self, next: &[(f64, usize)]) {
         let before = self.curve.errors.last().copied().unwrap_or(0.0);
         let units: Vec<_> = next.iter().map(|&(_, unit)| unit).collect();
-        let (alone, together): (f64, f64) =
+        let (alone, mut together): (f64, f64) =
             (next.iter().map(|(cost, _)| cost).sum(), self.readers.iter().map(|reader| reader.cost(&units)).sum());
+        if let Some(products) = &mut self.products {
+            for &unit in &units {
+                let cost = products.cost(unit);
+                together += cost;
+                self.lost_in_products += cost;
+                products.remove(unit);
+            }
+        }
         let mut so_far = 0.0;
         for &(cost, unit) in next {
             so_far += cost;
@@ -199,7 +219,7 @@ impl Walk {
         let gone = self.curve.order.len();
         if gone / self.every > (gone - next.len()) / self.every {
             let checked: f64 = self.readers.iter().map(|reader| reader.checked().unwrap_or(0.0)).sum();
-            let predicted = self.curve.errors.last().copied().unwrap_or(0.0);
+            let predicted = self.curve.errors.last().copied().unwrap_or(0.0) - self.lost_in_products;
             self.checks.push((gone, (checked - predicted).max(0.0)));
         }
     }
@@ -297,7 +317,9 @@ mod tests {
         let readers = readers();
         let build =
             || readers.iter().map(|(w, c, units)| Reader::new(w.clone(), c, 1e-12, units.clone(), None).unwrap());
-        for curve in [Curve::greedy(build().collect(), 4), Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0])] {
+        for curve in
+            [Curve::greedy(build().collect(), None, 4), Curve::scored(build().collect(), None, &[3.0, 1.0, 2.0, 4.0])]
+        {
             assert_eq!(curve.order.len(), 3);
             for gone in 1..=3 {
                 let error = |(weight, covariance, units): &Case| {
@@ -316,8 +338,8 @@ mod tests {
             readers.iter().map(of).sum()
         };
         let best = (0..4).min_by(|&a, &b| first(a).total_cmp(&first(b))).unwrap();
-        assert_eq!(Curve::greedy(build().collect(), 4).order[0], best);
-        assert_eq!(Curve::scored(build().collect(), &[3.0, 1.0, 2.0, 4.0]).order, [1, 2, 0]);
+        assert_eq!(Curve::greedy(build().collect(), None, 4).order[0], best);
+        assert_eq!(Curve::scored(build().collect(), None, &[3.0, 1.0, 2.0, 4.0]).order, [1, 2, 0]);
     }
 
     #[test]
@@ -325,14 +347,14 @@ mod tests {
         let [(weight, covariance, units), _] = readers();
         let curve = |check: &DMatrix<f64>| {
             let reader = Reader::new(weight.clone(), &covariance, 1e-12, units.clone(), Some(check.clone())).unwrap();
-            Curve::scored(vec![reader], &[3.0, 1.0, 2.0, 4.0]).errors
+            Curve::scored(vec![reader], None, &[3.0, 1.0, 2.0, 4.0]).errors
         };
         let (own, other) = (curve(&covariance), curve(&DMatrix::identity(12, 12)));
         assert!(own.iter().zip(&other).all(|(own, other)| own <= other), "{own:?} {other:?}");
         assert!(other[0] > own[0] * 1.5, "{own:?} {other:?}");
         // On the same samples, the check agrees with the prediction.
         let plain = Reader::new(weight.clone(), &covariance, 1e-12, units.clone(), None).unwrap();
-        let plain = Curve::scored(vec![plain], &[3.0, 1.0, 2.0, 4.0]).errors;
+        let plain = Curve::scored(vec![plain], None, &[3.0, 1.0, 2.0, 4.0]).errors;
         assert!(own.iter().zip(&plain).all(|(own, plain)| (own - plain).abs() < 1e-6), "{own:?} {plain:?}");
     }
 

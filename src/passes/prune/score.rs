@@ -11,12 +11,14 @@ use super::{
     Group,
     compensate::{Statistic, readers_of},
     curve::{Curve, Reader, lasso},
+    pair::{Elimination, Pair},
     place,
 };
 use crate::{
     analysis::{
         channels::{Channels, Role, Side},
         moments::{MAX_CHOSEN_BY, Table},
+        shapes::Shapes,
     },
     ir::{Graph, tensor::strides},
     linalg::product,
@@ -68,7 +70,12 @@ impl Score {
     }
 
     /// The order in which the units of `group` go by this score, and the error that this makes.
-    pub(super) fn curve(self, graph: &Graph, channels: &Channels, group: &Group, tables: (&Table, &Table)) -> Curve {
+    pub(super) fn curve(
+        self,
+        place @ (graph, channels, _): (&Graph, &Channels, &Shapes),
+        group: &Group,
+        tables: (&Table, &Table),
+    ) -> Curve {
         let statistics = statistics(graph, channels, group, tables);
         let reader = |(statistic, columns): &(Statistic, Vec<Vec<usize>>)| {
             Reader::new(
@@ -82,10 +89,11 @@ impl Score {
         };
         let readers: Vec<_> = statistics.iter().filter_map(reader).collect();
         let scores = || self.scores(graph, channels, group, &statistics);
+        let products = Pair::of(place, group, tables.0).as_ref().and_then(Elimination::of);
         match self {
-            _ if readers.is_empty() => Curve::blind(&scores()),
-            Self::Obs => Curve::greedy(readers, group.units.len()),
-            _ => Curve::scored(readers, &scores()),
+            _ if readers.is_empty() && products.is_none() => Curve::blind(&scores()),
+            Self::Obs => Curve::greedy(readers, products, group.units.len()),
+            _ => Curve::scored(readers, products, &scores()),
         }
     }
 
