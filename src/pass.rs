@@ -180,7 +180,9 @@ pub struct Context {
     pub has_target: bool,
     /// What layers read, over samples; empty where there are none.
     pub moments: Arc<moments::Table>,
-    /// The same over other samples, which show how far a fit to the first can be trusted.
+    /// What batch normalizations say of it where there are no samples.
+    pub prior: Arc<moments::Table>,
+    /// What layers read over other samples, which show how far a fit to the first can be trusted.
     pub held_out: Arc<moments::Table>,
     /// What measures a graph against the one that the first lossy pass saw, where there are samples.
     pub yardstick: Option<Arc<Yardstick>>,
@@ -298,6 +300,12 @@ impl Context {
     #[must_use]
     pub fn is_kept(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.keep.is_match(name))
+    }
+
+    /// What is known of what layers read, over samples or without any.
+    #[must_use]
+    pub fn statistics(&self) -> Arc<moments::Table> {
+        Arc::clone(if self.moments.is_empty() { &self.prior } else { &self.moments })
     }
 
     /// Whether the answer to a question of this `key` is known.

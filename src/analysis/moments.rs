@@ -2,6 +2,7 @@
 //! refitted. For y = W·x + b and a change of both, E‖Δy‖² = tr(ΔW·C·ΔWᵀ) + ‖ΔW·μ + Δb‖².
 
 pub mod file;
+pub mod prior;
 
 use std::collections::BTreeMap;
 

@@ -52,10 +52,11 @@ pub(super) struct Prune {
     /// The share of the channels of every layer that goes, between 0 and 1.
     #[arg(long, value_parser = super::share)]
     ratio: Option<f64>,
-    /// What makes a channel matter; obs with samples, else l2.
+    /// What makes a channel matter; obs where samples or batch normalizations tell what is read, else l2.
     #[arg(long, value_enum)]
     score: Option<Score>,
-    /// How what is left makes up for what went: refit with samples, else none.
+    /// How what is left makes up for what went: refit with samples, bias where batch normalizations alone tell what is read,
+    /// else none.
     #[arg(long, value_enum)]
     compensate: Option<Compensate>,
     /// The counts of channels that are left are multiples of this, or of the largest power of two that the counts before
@@ -227,7 +228,7 @@ fn probe(
     if cx.yardstick.is_none() {
         return;
     }
-    let moments = Arc::clone(&cx.moments);
+    let moments = cx.statistics();
     let key = |(group, curve): &(&Group, &Arc<Curve>)| {
         let mut hasher = Xxh3::new();
         group.sides.iter().for_each(|side| hasher.update(graph.name(side.weight).as_bytes()));
@@ -293,7 +294,7 @@ impl Prune {
                     (graph, &channels, shapes),
                     &groups,
                     &doomed,
-                    &cx.moments,
+                    &cx.statistics(),
                     compensate == Compensate::Bias,
                 )
             });
@@ -320,7 +321,13 @@ impl Prune {
     }
 
     fn compensation(&self, cx: &Context) -> Compensate {
-        self.compensate.unwrap_or(if cx.moments.is_empty() { Compensate::None } else { Compensate::Refit })
+        self.compensate.unwrap_or(match (cx.moments.is_empty(), cx.prior.is_empty()) {
+            (false, _) => Compensate::Refit,
+            // What is known of the means is worth more than nothing (fmnist_resnet14 at 0.8 of its multiply-adds, without
+            // samples: 84.7 % against 68.7).
+            (true, false) => Compensate::Bias,
+            (true, true) => Compensate::None,
+        })
     }
 
     /// The order in which the units of each group go, and the error that this makes.
@@ -332,7 +339,7 @@ impl Prune {
         outermost: bool,
     ) -> Vec<Arc<Curve>> {
         let none = moments::Table::new();
-        let (table, others) = (Arc::clone(&cx.moments), Arc::clone(&cx.held_out));
+        let (table, others) = (cx.statistics(), Arc::clone(&cx.held_out));
         let (table, others) = if outermost { (&*table, &*others) } else { (&none, &none) };
         let score = self.score.unwrap_or(if table.is_empty() { Score::L2 } else { Score::Obs });
         let key = |group: &Group| score.key(graph, channels, group, table);

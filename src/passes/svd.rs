@@ -269,7 +269,7 @@ impl Metric {
                 return None;
             }
         }
-        let (key, table) = (hasher.digest(), Arc::clone(&cx.moments));
+        let (key, table) = (hasher.digest(), cx.statistics());
         let read = cx.remember(key, || {
             let moments = together(&table, graph, &layers)?.into_iter().next()?;
             // Directions that few samples do not show are no free ones.

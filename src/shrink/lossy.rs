@@ -4,8 +4,9 @@ use super::{
     BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, chain, land, search::Search, stage::Stage, within,
 };
 use crate::{
-    analysis::cost::Cost,
+    analysis::{cost::Cost, linear::Linear},
     codec::Model,
+    ir::Graph,
     pass::{Context, Fidelity, Price},
     pipeline::Item,
     verify::{Certificate, Difference, ROUNDING_BUDGET, Reference, Samples, Split},
@@ -14,7 +15,8 @@ use crate::{
 /// The search aims between these shares of the budget.
 const MARGINS: (f64, f64) = (0.25, 0.9);
 /// The share of its multiply-adds below which no pruned convolutional net of the reference experiment answered better than
-/// chance when nothing made up for what went (algorithms.md §16: two thirds).
+/// chance when nothing made up for what went (algorithms.md §16: two thirds). With what batch normalizations tell, `fmnist_vgg`
+/// keeps 84.0 of 92.6 points there, `fmnist_resnet14` 61, `fmnist_mobilenet` 50 and `fmnist_densenet` 28.
 const SURVIVABLE: f64 = 2.0 / 3.0;
 /// After a final word above the budget, the search starts over that much lower, at most so many times.
 const RETRIES: usize = 4;
@@ -68,6 +70,7 @@ impl<'a> Lossy<'a> {
 
     pub(super) fn run(mut self, cx: &mut Context) -> Result<Model, ShrinkError> {
         let stage = Stage::new(self.model, self.base, self.job, self.samples, cx, self.progress)?;
+        self.tell_of_priors(&stage.start.0.graph, cx);
         if self.job.chain && stage.items.iter().any(Item::is_free) {
             let links = chain::links(&stage, self.job, &self.report.before, &self.last, cx, self.progress)?;
             self.looks += links.len();
@@ -128,14 +131,33 @@ impl<'a> Lossy<'a> {
         let (before, after) = (&self.report.before, Cost::of(model, &cx.bound));
         let share = after.macs as f64 / before.macs.max(1) as f64;
         if is_pruned && cx.moments.is_empty() && before.nodes.contains_key("Conv") && share < SURVIVABLE {
+            let fate =
+                if cx.prior.is_empty() { "answer at chance level" } else { "lose 9 to 65 points of their accuracy" };
             (self.job.warn)(&format!(
-                "pruning leaves {:.0} % of the multiply-adds, and without samples nothing makes up for what goes: \
-                 convolutional nets answer at chance level below about {:.0} %; give a few hundred unlabelled samples with \
-                 --data",
+                "pruning leaves {:.0} % of the multiply-adds, and without samples little makes up for what goes: \
+                 convolutional nets {fate} below about {:.0} %; give a few hundred unlabelled samples with --data",
                 share * 100.0,
                 SURVIVABLE * 100.0
             ));
         }
+    }
+
+    /// Says what passes know of what layers read where there are no samples.
+    fn tell_of_priors(&mut self, graph: &Graph, cx: &Context) {
+        if !cx.moments.is_empty() {
+            return;
+        }
+        let layers = Linear::all(graph);
+        let known = layers.iter().filter(|layer| cx.prior.contains_key(&layer.source(graph))).count();
+        let known = match known {
+            0 => "nothing is known of what layers read without samples: their inputs were taken to be alike".to_owned(),
+            known => format!(
+                "what {known} of {} layers read was taken from batch normalizations, without samples; the inputs of the others \
+                 were taken to be alike",
+                layers.len()
+            ),
+        };
+        self.report.notes.push(known);
     }
 
     /// Says that the budget allows nothing, and what it would take.

@@ -98,6 +98,8 @@ impl<'a> Stage<'a> {
             let count = fit.len();
             let mut tell = |done: usize| progress(&format!("calibrating on sample {done} of {count}"));
             cx.moments = Arc::new(moments::collect(engine, &model, &fit, job.max_gram_dim, &mut tell)?);
+        } else {
+            cx.prior = Arc::new(moments::prior::of_normalizations(original, &model));
         }
         let choose = if has_free && job.target.is_none() { Vec::new() } else { others };
         let judge =

@@ -23,7 +23,6 @@ fn job(passes: &str, data: Option<&str>) -> Job {
     }
 }
 
-/// The share of right answers on the labelled samples of `data`.
 /// The share of right answers on 1 000 labelled images that are not in `data`, on which the model was shrunk.
 fn accuracy(model: &Model, data: &str) -> f64 {
     let data = &data.replace(".npz", "_test.npz");
@@ -37,6 +36,23 @@ fn accuracy(model: &Model, data: &str) -> f64 {
         (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])) == Some(**label as usize)
     });
     right.count() as f64 / labels.len() as f64
+}
+
+#[test]
+fn batch_normalizations_stand_in_for_samples() {
+    // 44 and 18 % by the norms of weights.
+    for (name, least) in [("fmnist_vgg", 0.86), ("fmnist_resnet14", 0.8)] {
+        let model = Model::open(&fixture(&format!("models/{name}.onnx"))).unwrap();
+        let job = Job { target: Some(0.8), minimize: onnx_shrink::pass::Minimize::Macs, ..job("prune", None) };
+        let (small, report) = shrink(&model, &job, &mut |_| {}).unwrap();
+        let found = accuracy(&small, "data/fashion.npz");
+        assert!(found > least, "{name}: {found}");
+        assert!(
+            report.notes.iter().any(|note| note.contains("layers read was taken from batch norm")),
+            "{:?}",
+            report.notes
+        );
+    }
 }
 
 #[test]
