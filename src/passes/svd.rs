@@ -6,7 +6,7 @@ use nalgebra::{DMatrix, DVector};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
-    analysis::{linear::Linear, moments::together, shapes::Shapes},
+    analysis::{cost::latency, linear::Linear, moments::together, shapes::Shapes},
     ir::{Graph, Inlet, NodeId, Op, Outlet},
     linalg::{Cholesky, Spectrum, product},
     pass::{Context, Declare, Fidelity, Minimize, Pass, open_to_loss},
@@ -170,10 +170,7 @@ impl Svd {
             None => Spectrum::of(&matrix, self.rank),
         });
         let spectrum = spectrum.as_ref().as_ref()?;
-        let costs = match cx.minimize {
-            Minimize::Bytes => (stored.stored_bytes() as f64, OVERHEAD),
-            other => (layers.iter().filter_map(|layer| other.of_node(graph, shapes, layer.node)).sum(), 0.0),
-        };
+        let costs = Costs::of(graph, shapes, &layers, cx.minimize)?;
         let Some(rank) = self.choose(spectrum, (rows, columns), costs, cx) else {
             cx.decline(&name, &format!("no rank below break-even {break_even} is worth its error"));
             return None;
@@ -207,16 +204,14 @@ impl Svd {
     }
 
     /// The rank for a weight, or `None` to leave it whole.
-    /// `costs` are what the whole costs of what is to be saved, and what a split costs beside its elements.
     fn choose(
         &self,
         spectrum: &Spectrum,
         (rows, columns): (usize, usize),
-        costs: (f64, f64),
+        costs: Costs,
         cx: &Context,
     ) -> Option<usize> {
         let (sides, whole) = (rows + columns, rows * columns);
-        let (element, overhead) = (costs.0 / whole as f64, costs.1);
         if let Some(rank) = self.rank {
             return Some(rank.max(1)).filter(|r| *r <= spectrum.basis.ncols());
         }
@@ -229,14 +224,48 @@ impl Svd {
         // little and never win on price: a ceiling on the error is what reaches them, at any price.
         let price = cx.price.per_byte;
         let error = |rank: usize| spectrum.tail(rank) / spectrum.total;
-        let saved = |rank: usize| element * (whole - rank * sides) as f64 - overhead;
-        let cost = |rank: usize| error(rank) + price * (element * (rank * sides) as f64 + overhead);
-        let mut options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && saved(rank) > 0.0);
+        let split = |rank: usize| {
+            costs.elements * (rank * sides) as f64 / whole as f64 + costs.split + costs.rank * rank as f64
+        };
+        let cost = |rank: usize| error(rank) + price * split(rank);
+        let mut options = (1..=most).filter(|&rank| error(rank) <= cx.price.ceiling && split(rank) < costs.elements);
         if price.is_infinite() {
             return options.next();
         }
         let best = options.map(|rank| (cost(rank), rank)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-        (cx.price.ceiling.is_finite() || best.0 < price * element * whole as f64).then_some(best.1)
+        (cx.price.ceiling.is_finite() || best.0 < price * costs.elements).then_some(best.1)
+    }
+}
+
+/// What is to be saved, as a weight costs it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Costs {
+    /// For its elements, whole.
+    elements: f64,
+    /// For being split, beside the elements of the factors.
+    split: f64,
+    /// For each unit of the rank: the result of the first factor.
+    rank: f64,
+}
+
+impl Costs {
+    /// What `layers`, which multiply by one weight, cost of it.
+    fn of(graph: &Graph, shapes: &Shapes, layers: &[Layer], minimize: Minimize) -> Option<Self> {
+        let weight = graph.weight(layers.first()?.weight)?;
+        if minimize == Minimize::Bytes {
+            return Some(Self { elements: weight.stored_bytes() as f64, split: OVERHEAD, rank: 0.0 });
+        }
+        let mut costs = Self::default();
+        for layer in layers {
+            if minimize == Minimize::Macs {
+                costs.elements += minimize.of_node(graph, shapes, layer.node).unwrap_or(0.0);
+            } else if let Some(latency) = latency(graph, shapes, layer.node) {
+                let made = weight.value().dims()[usize::from((layer.slot == 1) != layer.transposed)];
+                costs.elements += latency.total() - latency.results;
+                costs.rank += latency.results / made.max(1) as f64;
+            }
+        }
+        Some(costs)
     }
 }
 

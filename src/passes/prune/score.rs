@@ -216,13 +216,15 @@ fn distances(graph: &Graph, channels: &Channels, group: &Group) -> Vec<f64> {
         let Some(weight) = graph.constant(side.weight) else { continue };
         let Some(values) = weight.f64s() else { continue };
         let (step, extent) = (strides(weight.dims())[side.axis], weight.dims()[side.axis]);
-        let mut rows = DMatrix::zeros(count, values.len() / extent.max(1));
-        let mut filled = vec![0; extent];
+        // A unit may be made by several slices, as by those of all gates of a recurrent layer.
+        let units: Vec<_> = (0..extent).map(|index| place(&places, channels, side, index)).collect();
+        let most = (0..count).map(|unit| units.iter().filter(|&&other| other == Some(unit)).count()).max().unwrap_or(0);
+        let mut rows = DMatrix::zeros(count, most * (values.len() / extent.max(1)));
+        let mut filled = vec![0; count];
         for (i, value) in values.iter().enumerate() {
-            let index = i / step % extent;
-            if let Some(unit) = place(&places, channels, side, index) {
-                rows[(unit, filled[index])] = *value;
-                filled[index] += 1;
+            if let Some(unit) = units[i / step % extent] {
+                rows[(unit, filled[unit])] = *value;
+                filled[unit] += 1;
             }
         }
         let gram = product(&rows, &rows.transpose());
