@@ -72,7 +72,9 @@ impl Layer {
         let (run, channels) = self.runs_of(weight.value().dims());
         for (values, (output, input)) in values.chunks_mut(run).zip(channels) {
             let factor = factor(output, input);
-            values.iter_mut().for_each(|value| *value *= factor);
+            for value in values {
+                *value *= factor;
+            }
         }
         self.fit_weight(weight, weight.value().dims(), &values)
     }

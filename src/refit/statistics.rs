@@ -75,6 +75,8 @@ fn apply(value: &mut Value, axis: usize, affine: &[(f64, f64)]) {
     let inner: usize = value.dims[axis + 1..].iter().product();
     for (run, elements) in value.values.chunks_mut(inner.max(1)).enumerate() {
         let (scale, shift) = affine[run % affine.len()];
-        elements.iter_mut().for_each(|element| *element = scale * *element + shift);
+        for element in elements {
+            *element = scale * *element + shift;
+        }
     }
 }

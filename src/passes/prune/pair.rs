@@ -106,7 +106,7 @@ impl Pair {
 }
 
 impl Head {
-    /// `M = Aᵀ·B` on the units `kept`, where q is predicted as A·q_K and k as B·k_K: with M·k_K for k_K, the product of what is
+    /// `M = Aᵀ·B` on the units `kept`, where q is predicted as `A·q_K` and k as `B·k_K`: with `M·k_K` for `k_K`, the product of what is
     /// kept is closest to that of the whole (algorithms.md §2.8).
     pub(super) fn mix(&self, kept: &[usize]) -> Option<DMatrix<f64>> {
         let predicted = |second: &DMatrix<f64>| {
@@ -118,11 +118,14 @@ impl Head {
     }
 }
 
+/// The channels of q and of k in each head.
+type Heads = BTreeSet<[Vec<usize>; 2]>;
+
 /// One of two vectors whose elements go one after another, the others predicting what is gone.
 struct Vector {
     /// A, by which what is kept predicts all elements; columns of elements that are gone are zero.
     map: DMatrix<f64>,
-    /// (S_KK + λI)⁻¹, zero elsewhere.
+    /// `(S_KK + λI)⁻¹`, zero elsewhere.
     inverse: DMatrix<f64>,
     /// E of the prediction times its transpose: `A·S_K`.
     predicted: DMatrix<f64>,
@@ -184,7 +187,7 @@ impl Elimination {
         self.price();
     }
 
-    /// Finds what tr(Ŝ_q·Ŝ_k) loses with each unit.
+    /// Finds what `tr(Ŝ_q·Ŝ_k)` loses with each unit.
     fn price(&mut self) {
         let count = self.heads.first().map_or(0, |[q, _]| q.map.ncols());
         let mut costs = vec![0.0; count];
@@ -288,7 +291,7 @@ impl Paths<'_> {
     }
 
     /// The layers that make q and k of the one product where they meet, and their channels in each head.
-    fn heads(mut self) -> Option<([usize; 2], BTreeSet<[Vec<usize>; 2]>)> {
+    fn heads(mut self) -> Option<([usize; 2], Heads)> {
         let mut met = Vec::new();
         for both in std::mem::take(&mut self.meetings).into_values() {
             match both {
@@ -349,7 +352,7 @@ mod tests {
         Head { places: (0..count).collect(), seconds: [second(), second()], ridge: 1e-12 }
     }
 
-    /// The share of E (qᵀ·k − q_Kᵀ·M·k_K)² in E (qᵀ·k)².
+    /// The share of `E (qᵀ·k − q_Kᵀ·M·k_K)²` in `E (qᵀ·k)²`.
     fn error(head: &Head, kept: &[usize]) -> f64 {
         let mix = head.mix(kept).unwrap();
         let mut lost = DMatrix::identity(head.places.len(), head.places.len());
