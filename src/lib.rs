@@ -5,6 +5,7 @@ pub mod analysis;
 pub mod cli;
 pub mod codec;
 pub mod eval;
+pub mod factor;
 pub mod ir;
 pub mod linalg;
 pub mod pass;

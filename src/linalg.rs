@@ -8,7 +8,9 @@ use nalgebra::DMatrix;
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 
-pub use self::solve::{Cholesky, add_cross, add_gram, energy, product, subtract_product};
+pub use self::solve::{
+    Cholesky, add_cross, add_gram, energy, product, solve_lower, solve_lower_transposed, subtract_product,
+};
 
 /// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).
 const OVERSAMPLING: usize = 10;
@@ -48,6 +50,13 @@ impl Spectrum {
         let m = view(matrix);
         let (basis, energies) = eigen(&(m * m.transpose()))?;
         Some(Self { basis, energies, total: matrix.norm_squared() })
+    }
+
+    /// The spectrum of a matrix M of which M·Mᵀ is known: a covariance.
+    #[must_use]
+    pub fn of_square(square: &DMatrix<f64>) -> Option<Self> {
+        let (basis, energies) = eigen(&view(square).to_owned())?;
+        Some(Self { basis, energies, total: square.trace() })
     }
 
     /// Eigenvectors V of Mᵀ·M, mapped back: U = M·V, orthonormalized.
@@ -97,6 +106,25 @@ impl Spectrum {
         }
         (left, right)
     }
+}
+
+/// A number that the rank of a matrix is at least: pivots of its elimination that are not near zero, its rows scaled alike.
+#[must_use]
+pub fn least_rank(mut matrix: DMatrix<f64>) -> usize {
+    /// Below this share of the largest, a pivot may be rounding.
+    const TINY: f64 = 1e-6;
+    for mut row in matrix.row_iter_mut() {
+        let largest = row.amax();
+        if largest > 0.0 {
+            row /= largest;
+        }
+    }
+    let size = matrix.nrows().min(matrix.ncols());
+    let factors = view(&matrix).partial_piv_lu();
+    let pivots = factors.U().diagonal().column_vector();
+    let sizes = || (0..size).map(|i| pivots[i].abs());
+    let largest = sizes().fold(0.0, f64::max);
+    sizes().filter(|pivot| *pivot > TINY * largest).count()
 }
 
 /// A draw from the standard normal distribution (Box & Muller 1958), the same on every machine.

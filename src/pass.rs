@@ -194,6 +194,11 @@ pub struct Context {
     pub(crate) memo: BTreeMap<u64, Arc<dyn Any + Send + Sync>>,
 }
 
+/// Multiply-adds that finding out what the model minds may take, about: some seconds.
+const WORK: f64 = 1e11;
+/// Samples that tell it at least.
+const FEWEST: f64 = 8.0;
+
 /// What the model that the first lossy pass sees computes on a few samples.
 #[derive(Debug)]
 pub struct Yardstick {
@@ -211,11 +216,12 @@ impl Yardstick {
         Ok(Self { model: model.clone(), reference: Reference::before_squashing(engine, model, samples)? })
     }
 
-    /// The same of `graph` in place of the model's; `None` where it can't be run.
-    #[must_use]
-    pub fn of(&self, graph: &Graph) -> Option<Self> {
+    /// The same of `graph` in place of the model's, on so many of the samples that running `graph` on them `questions` times over
+    /// takes no more than [`WORK`], but on [`FEWEST`] at least; `None` where it can't be run.
+    fn of(&self, graph: &Graph, bound: &BTreeMap<String, Vec<usize>>, questions: usize) -> Option<Self> {
         let model = Model { graph: graph.clone(), ..self.model.clone() };
-        let reference = self.reference.of(&model).ok()?;
+        let work = Cost::of(&model, bound).macs.max(1) as f64 * questions.max(1) as f64;
+        let reference = self.reference.of(&model, (WORK / work).max(FEWEST) as usize).ok()?;
         Some(Self { model, reference })
     }
 
@@ -315,8 +321,9 @@ impl Context {
 
     /// What measures changes of `graph` against `graph` itself, since what earlier passes did is no error of this one; `None`
     /// where there are no samples, and where all questions of these `keys` are answered already.
-    pub(crate) fn yardstick_for(&self, graph: &Graph, mut keys: impl Iterator<Item = u64>) -> Option<Yardstick> {
-        if keys.all(|key| self.knows(key)) { None } else { self.yardstick.as_ref()?.of(graph) }
+    pub(crate) fn yardstick_for(&self, graph: &Graph, keys: impl Iterator<Item = u64>) -> Option<Yardstick> {
+        let open = keys.filter(|&key| !self.knows(key)).count();
+        if open == 0 { None } else { self.yardstick.as_ref()?.of(graph, &self.bound, open) }
     }
 
     /// What `find` finds, which depends on what `key` is a hash of, and on nothing else.

@@ -5,6 +5,8 @@ mod dead_channels;
 mod dead_nodes;
 mod dedupe;
 mod depth;
+mod exact_rank;
+mod factor;
 mod fold_constants;
 mod fuse_activation;
 mod fuse_affine;
@@ -19,9 +21,13 @@ mod layer;
 mod layout;
 mod merge_linear;
 mod prune;
+mod rewrite;
+mod separate;
 mod share_constants;
+mod spatial;
 mod surgery;
 mod svd;
+mod tucker;
 
 use crate::pass::PassInfo;
 
@@ -47,8 +53,13 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<fuse_pad::FusePad>(),
     PassInfo::of::<merge_linear::MergeLinear>(),
     PassInfo::of::<dead_channels::DeadChannels>(),
+    PassInfo::of::<exact_rank::ExactRank>(),
     PassInfo::of::<share_constants::ShareConstants>(),
     PassInfo::of::<svd::Svd>(),
+    PassInfo::of::<spatial::Spatial>(),
+    PassInfo::of::<tucker::Tucker>(),
+    PassInfo::of::<separate::Separate>(),
+    PassInfo::of::<factor::Factor>(),
     PassInfo::of::<prune::Prune>(),
     PassInfo::of::<depth::Depth>(),
 ];

@@ -2,6 +2,7 @@
 //! the compressed layers before it hand on is closest to what it makes in the original (Zhang 2015; Y. He 2017).
 
 mod bias;
+mod chain;
 mod statistics;
 mod walk;
 
@@ -14,13 +15,14 @@ use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
 
 pub(crate) use self::bias::{Bias, set_matrices};
-use self::walk::Walk;
+use self::{chain::Chain, walk::Walk};
 use crate::{
     analysis::{
         linear::Linear,
         moments::{self, side_by_side},
     },
     codec::Model,
+    factor::{Form, Shape},
     ir::{Graph, NodeId, Outlet},
     linalg::{Cholesky, add_cross, product},
     verify::{Cannot, Engine, Value},
@@ -41,6 +43,18 @@ pub type Left = BTreeMap<String, BTreeMap<usize, Vec<usize>>>;
 pub struct Kept {
     left: Left,
     mixed: BTreeMap<String, Mixed>,
+    factored: BTreeMap<String, Factored>,
+}
+
+/// That a chain of layers makes a value in place of one.
+#[derive(Clone, Debug)]
+pub struct Factored {
+    /// The layer as it was.
+    pub linear: Linear,
+    /// What the chain is.
+    pub form: Form,
+    /// The axes of the layer's weight.
+    pub shape: Shape,
 }
 
 /// That a value holds `matrix`·y of the channels `left`, y, of a value of the original.
@@ -83,10 +97,28 @@ impl Kept {
         mixed.matrix = matrix * &mixed.matrix;
     }
 
+    /// Notes that the value `name` is now made by a chain.
+    pub fn replace(&mut self, name: String, factored: Factored) {
+        self.factored.insert(name, factored);
+    }
+
     /// The channels of the value `name` along `axis` that are left, where some are not.
     #[must_use]
     pub fn left(&self, name: &str, axis: usize) -> Option<&[usize]> {
         self.left.get(name)?.get(&axis).map(Vec::as_slice)
+    }
+
+    /// The channels of the value `name` that are left, along whichever axis: none but all where none went, and `None` where
+    /// some went along several axes, or where it holds mixtures of them.
+    #[must_use]
+    pub fn channels_of(&self, name: &str) -> Option<Option<&[usize]>> {
+        if self.mixed.contains_key(name) {
+            return None;
+        }
+        let Some(axes) = self.left.get(name) else { return Some(None) };
+        let mut axes = axes.values();
+        let only = axes.next().map(Vec::as_slice);
+        axes.next().is_none().then_some(only)
     }
 
     fn touches(&self, name: &str) -> bool {
@@ -116,6 +148,8 @@ pub enum Fit {
 struct Target {
     fit: Fit,
     linear: Linear,
+    /// The layers that stand in its place, if it was replaced.
+    chain: Option<Chain>,
     /// The node before which it is fitted: the layer itself, or the first one that reads what it makes.
     next: NodeId,
     /// What the layer makes, bias included.
@@ -262,21 +296,24 @@ fn targets(original: &Model, model: &Model, kept: &Kept, is_fitted: &dyn Fn(&Lin
             touched.extend((0..graph.output_count(id)).map(|slot| id.at(slot)));
         }
         let Some(linear) = linear.filter(|linear| reads_other && !linear.is_recurrent()) else { continue };
-        if graph.uses(linear.weight).len() != 1 {
+        let chain = Chain::of(graph, &linear, kept).filter(|chain| is_fitted(&chain.whole));
+        let nodes = chain.as_ref().map_or(std::slice::from_ref(&id), |chain| &chain.nodes[..]);
+        if nodes.iter().any(|&node| Linear::of(graph, node).is_none_or(|part| graph.uses(part.weight).len() != 1)) {
             continue;
         }
+        let linear = chain.as_ref().map_or(linear, |chain| chain.whole.clone());
         let result = Bias::of(graph, &linear).result(&linear);
         let fit = if is_fitted(&linear) { Fit::Weights } else { Fit::Statistics };
         let sum = partner(graph, &linear, result, &order).filter(|(sum, _)| known.contains_key(graph.name(*sum)));
         let sum = sum.filter(|_| fit == Fit::Weights);
         let (value, partner) = sum.map_or((result, None), |(sum, partner)| (sum, Some(partner)));
         let next = match fit {
-            Fit::Weights => Some(linear.node),
+            Fit::Weights => Some(chain.as_ref().map_or(id, |chain| chain.nodes[0])),
             Fit::Statistics => graph.uses(result).into_iter().map(|(node, _)| node).min_by_key(|node| order.get(node)),
         };
         if let (Some(next), true) = (next, known.contains_key(graph.name(value))) {
             let rectified = rectified(graph, value);
-            targets.push(Target { fit, linear, next, result, value, partner, rectified, rows: Vec::new() });
+            targets.push(Target { fit, linear, chain, next, result, value, partner, rectified, rows: Vec::new() });
         }
     }
     targets.sort_by_key(|target| order.get(&target.next));
@@ -349,6 +386,12 @@ struct Rows {
 }
 
 impl Rows {
+    /// What one group of so many rows of W is to make, and what is added to it.
+    fn of_group(&self, group: usize, rows: usize) -> (DMatrix<f64>, Option<DMatrix<f64>>) {
+        let own = |all: &DMatrix<f64>| all.rows(group * rows, rows).into_owned();
+        (own(&self.y), self.partner.as_ref().map(own))
+    }
+
     /// `None` where shapes are not what they were in the original.
     fn cut(graph: &Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<Self> {
         let (linear, name) = (&target.linear, graph.name(target.result));
@@ -378,22 +421,32 @@ impl Rows {
 fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<()> {
     let linear = &target.linear;
     let bias = Bias::of(graph, linear);
-    let old = linear.matrices(&graph.constant(linear.weight)?.f64s()?);
+    let old = match &target.chain {
+        Some(chain) => chain.matrices(graph)?,
+        None => linear.matrices(&graph.constant(linear.weight)?.f64s()?),
+    };
     bias.values(graph, linear)?;
     let rows = Rows::cut(graph, target, walk, keys)?;
-    let of_group = |(group, (x, old)): (usize, (&DMatrix<f64>, &DMatrix<f64>))| {
-        let own = |all: &DMatrix<f64>| all.rows(group * linear.rows, linear.rows).into_owned();
-        let partner = rows.partner.as_ref().map(own);
-        fit_group(x, old, &own(&rows.y), partner.as_ref(), target.rectified)
+    let (stages, matrices, biases) = if let Some(chain) = &target.chain {
+        chain.fit(&rows, &old, target.rectified)?
+    } else {
+        let of_group = |(group, (x, old)): (usize, (&DMatrix<f64>, &DMatrix<f64>))| {
+            let (wanted, partner) = rows.of_group(group, linear.rows);
+            fit_group(x, old, &wanted, partner.as_ref(), target.rectified)
+        };
+        let fitted: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
+        let (matrices, biases): (Vec<_>, Vec<_>) = fitted.into_iter().unzip();
+        (Vec::new(), matrices, biases)
     };
-    let fitted: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
-    let (matrices, biases): (Vec<_>, Vec<_>) = fitted.into_iter().unzip();
     let values: Vec<f64> = biases.iter().flat_map(|bias| bias.iter().copied()).collect();
     let norm = |matrices: &[DMatrix<f64>]| matrices.iter().map(DMatrix::norm_squared).sum::<f64>().sqrt();
     if norm(&matrices) > MAX_GROWTH * norm(&old) || !values.iter().all(|v| v.is_finite()) {
         return None;
     }
-    set_matrices(graph, linear, &matrices, NAME)?;
+    match &target.chain {
+        Some(chain) => chain.set(graph, &stages)?,
+        None => set_matrices(graph, linear, &matrices, NAME)?,
+    }
     bias.set(graph, linear, &values, NAME)
 }
 
@@ -437,6 +490,7 @@ fn eased(wanted: f64, made: f64, limit: f64) -> f64 {
 /// The linear system of a layer.
 struct System {
     mean: DVector<f64>,
+    covariance: DMatrix<f64>,
     factor: Option<(Cholesky, f64)>,
 }
 
@@ -446,7 +500,9 @@ impl System {
         let mut moments = moments::Moments::new(old.ncols());
         (x.ncols() > 0).then(|| moments.add(x))?;
         // Where what is read never varies, the mean is all there is to fit.
-        Some(Self { mean: moments.mean(), factor: Cholesky::ridged(&moments.covariance(), moments.ridge()) })
+        let covariance = moments.covariance();
+        let factor = Cholesky::ridged(&covariance, moments.ridge());
+        Some(Self { mean: moments.mean(), covariance, factor })
     }
 
     /// `W' = (C_yx + λW₀)·(C_xx + λI)⁻¹` and `b' = E y − W'·E x`: the affine map closest to what is wanted (o×n), with a ridge that

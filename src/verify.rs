@@ -253,8 +253,8 @@ impl Reference {
     /// # Errors
     ///
     /// When the engine can't run the model.
-    pub fn of(&self, model: &Model) -> Result<Self, Cannot> {
-        Self::before_squashing(&self.engine, model, self.inputs.clone())
+    pub fn of(&self, model: &Model, samples: usize) -> Result<Self, Cannot> {
+        Self::before_squashing(&self.engine, model, self.inputs.iter().take(samples).cloned().collect())
     }
 
     /// Compares `model`'s outputs on the same samples.

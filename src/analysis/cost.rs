@@ -129,11 +129,11 @@ pub struct Latency {
 
 impl Latency {
     /// A multiply-add of a convolution or of a product of large matrices.
-    const PRODUCT: f64 = 0.009;
+    pub const PRODUCT: f64 = 0.009;
     /// A weight that comes from memory.
-    const WEIGHT: f64 = 0.13;
+    pub const WEIGHT: f64 = 0.13;
     /// An element of a result.
-    const RESULT: f64 = 0.1;
+    pub const RESULT: f64 = 0.1;
 
     /// All parts.
     #[must_use]

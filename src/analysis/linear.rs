@@ -237,6 +237,12 @@ impl Linear {
         matches!(self.form, Form::Gates | Form::States { .. })
     }
 
+    /// Whether what it multiplies is its first operand, and no state.
+    #[must_use]
+    pub fn reads_input(&self) -> bool {
+        !matches!(self.form, Form::States { .. })
+    }
+
     /// The operand slot of the constant.
     #[must_use]
     pub fn slot(&self) -> u32 {

@@ -17,6 +17,7 @@ use crate::{
     codec::Model,
     ir::{Graph, Outlet},
     linalg::add_gram,
+    refit::Kept,
     verify::{Cannot, Engine, Value},
 };
 
@@ -66,6 +67,19 @@ impl Moments {
         self.zeros += &other.zeros;
     }
 
+    /// Those of some elements of the vectors alone.
+    #[must_use]
+    pub fn select(&self, elements: &[usize]) -> Self {
+        // Of the products, the lower triangle is there.
+        let product = |i: usize, j: usize| self.products[(i.max(j), i.min(j))];
+        Self {
+            count: self.count,
+            sum: self.sum.select_rows(elements),
+            products: DMatrix::from_fn(elements.len(), elements.len(), |i, j| product(elements[i], elements[j])),
+            zeros: self.zeros.select_rows(elements),
+        }
+    }
+
     /// μ.
     #[must_use]
     pub fn mean(&self) -> DVector<f64> {
@@ -111,11 +125,35 @@ pub type Table = BTreeMap<String, Vec<Moments>>;
 /// where that is not known of each of them.
 #[must_use]
 pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Vec<Moments>> {
+    merged(layers, |layer| table.get(&layer.source(graph)).cloned())
+}
+
+/// The same in a model of whose channels `kept` are left since the moments were collected.
+#[must_use]
+pub fn together_of_kept(table: &Table, kept: &Kept, graph: &Graph, layers: &[Linear]) -> Option<Vec<Moments>> {
+    merged(layers, |layer| {
+        let whole = table.get(&layer.source(graph))?;
+        let Some(left) = kept.channels_of(graph.name(layer.input))? else { return Some(whole.clone()) };
+        let (channels, before) = (layer.columns / layer.taps, whole.first()?.sum.len() / layer.taps);
+        let of_group = |group: usize| {
+            let own = left.get(group * channels..(group + 1) * channels)?;
+            let from = own.first()? / before;
+            let places: Vec<_> = own.iter().filter(|&&channel| channel / before == from).map(|c| c % before).collect();
+            let elements = places.iter().flat_map(|place| (0..layer.taps).map(move |tap| place * layer.taps + tap));
+            (places.len() == channels).then(|| Some(whole.get(from)?.select(&elements.collect::<Vec<_>>())))?
+        };
+        (0..layer.groups).map(of_group).collect()
+    })
+}
+
+/// What `of` says that each of `layers` reads, taken together.
+fn merged(layers: &[Linear], of: impl Fn(&Linear) -> Option<Vec<Moments>>) -> Option<Vec<Moments>> {
     let (first, others) = layers.split_first()?;
-    let mut moments = table.get(&first.source(graph))?.clone();
+    let mut moments = of(first)?;
     for layer in others {
-        let own = table.get(&layer.source(graph))?;
-        moments.iter_mut().zip(own).for_each(|(moments, own)| moments.merge(own));
+        let own = of(layer)?;
+        let fits = own.len() == moments.len() && own.iter().zip(&moments).all(|(a, b)| a.sum.len() == b.sum.len());
+        fits.then(|| moments.iter_mut().zip(&own).for_each(|(moments, own)| moments.merge(own)))?;
     }
     let is_whole = moments.iter().all(|group| group.count > 0 && group.sum.len() == first.columns);
     (is_whole && moments.len() == first.groups).then_some(moments)

@@ -252,6 +252,19 @@ impl Tensor {
         })
     }
 
+    /// Some elements as `f64`, by their places in row-major order, if they are of 32 or 64 bits and all there.
+    #[must_use]
+    pub fn floats_at(&self, places: impl Iterator<Item = usize>) -> Option<Vec<f64>> {
+        let bytes = self.bytes();
+        match self.dtype {
+            DType::Float => {
+                places.map(|at| Some(f64::from(f32::from_le_bytes(array(bytes.get(at * 4..at * 4 + 4)?))))).collect()
+            }
+            DType::Double => places.map(|at| Some(f64::from_le_bytes(array(bytes.get(at * 8..at * 8 + 8)?)))).collect(),
+            _ => None,
+        }
+    }
+
     /// The elements as `i64`, if they are integers of at least eight bits or booleans and all fit.
     #[must_use]
     pub fn i64s(&self) -> Option<Vec<i64>> {

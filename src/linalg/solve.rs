@@ -8,6 +8,7 @@ use faer::{
             triangular::{self, BlockStructure},
         },
         solvers::{Llt, Solve},
+        triangular_solve,
     },
 };
 use nalgebra::DMatrix;
@@ -126,4 +127,22 @@ impl Cholesky {
         let solved = self.0.solve(Mat::<f64>::identity(size, size));
         owned(solved.as_ref())
     }
+}
+
+/// X with L·X = B for a lower triangular L.
+#[must_use]
+pub fn solve_lower(lower: &DMatrix<f64>, mut b: DMatrix<f64>) -> DMatrix<f64> {
+    let (rows, columns) = b.shape();
+    let rhs = MatMut::from_column_major_slice_mut(b.as_mut_slice(), rows, columns);
+    triangular_solve::solve_lower_triangular_in_place(view(lower), rhs, Par::Seq);
+    b
+}
+
+/// X with Lᵀ·X = B for a lower triangular L.
+#[must_use]
+pub fn solve_lower_transposed(lower: &DMatrix<f64>, mut b: DMatrix<f64>) -> DMatrix<f64> {
+    let (rows, columns) = b.shape();
+    let rhs = MatMut::from_column_major_slice_mut(b.as_mut_slice(), rows, columns);
+    triangular_solve::solve_upper_triangular_in_place(view(lower).transpose(), rhs, Par::Seq);
+    b
 }

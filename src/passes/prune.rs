@@ -229,11 +229,13 @@ fn probe(
         return;
     }
     let moments = cx.statistics();
-    let key = |(group, curve): &(&Group, &Arc<Curve>)| {
+    // How much the model minds is measured once for each group: what other passes did before changes it little, and measuring it
+    // anew at each step of a search takes longer than all else.
+    let key = |(group, _): &(&Group, &Arc<Curve>)| {
         let mut hasher = Xxh3::new();
-        group.sides.iter().for_each(|side| hasher.update(graph.name(side.weight).as_bytes()));
-        curve.order.iter().for_each(|&unit| hasher.update(&unit.to_le_bytes()));
-        curve.errors.iter().for_each(|error| hasher.update(&error.to_le_bytes()));
+        let makers = group.of_role(Role::Makes).flat_map(|side| graph.uses(side.weight));
+        // What a layer makes keeps its name, whatever becomes of its weights.
+        makers.for_each(|(node, _)| hasher.update(graph.name(node.out()).as_bytes()));
         hasher.digest()
     };
     let both: Vec<_> = groups.iter().zip(curves).collect();

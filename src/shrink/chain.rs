@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Job, ShrinkError, land, stage::Stage};
+use super::{Job, ShrinkError, land::land, stage::Stage};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
@@ -42,12 +42,15 @@ pub(super) fn links(
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Link>, ShrinkError> {
     let (mut links, mut unbroken) = (Vec::new(), job.max_flips.is_some());
+    let target = |share: u32| (job, f64::from(share) / 100.0);
+    // What each pass is worth is measured once, half way down.
+    let known = land(stage, target(SHARES[SHARES.len() / 2]), before, None, cx, progress).ok();
     for share in SHARES {
-        let price = match land::price(stage, job, f64::from(share) / 100.0, before, cx, progress) {
+        let landing = match land(stage, target(share), before, known.as_ref(), cx, progress) {
             Err(ShrinkError::OutOfReach { .. }) => break,
-            price => price?,
+            landing => landing?,
         };
-        let result = stage.run(cx, &|_| Some(price), stage.judge.as_ref(), progress)?;
+        let result = stage.run(cx, &|i| Some(landing.price(i)), stage.judge.as_ref(), progress)?;
         let difference = last.compare(&result.model)?;
         let certificate = Certificate::of(&difference).ok();
         let bound = certificate.as_ref().map_or(1.0, |certificate| certificate.bound);

@@ -15,12 +15,68 @@ const HALVINGS: usize = 14;
 /// More steps than any model has channels.
 const MAX_STEPS: usize = 1 << 20;
 
-/// The price at which so large a share of the cost `before` is left, or a little less; nothing is measured on the way.
-pub(super) fn price(
+/// Prices of the items of a stage that make a result of a given cost.
+pub(super) struct Landing {
+    price: Price,
+    /// Measured over predicted error, squared, of each item alone.
+    factors: Vec<f64>,
+}
+
+impl Landing {
+    /// What item `i` may do.
+    pub(super) fn price(&self, i: usize) -> Price {
+        of_item(self.price, &self.factors, i)
+    }
+}
+
+/// A price in measured error, as item `i` predicts errors.
+fn of_item(price: Price, factors: &[f64], i: usize) -> Price {
+    Price { per_byte: price.per_byte / factors[i], ..price }
+}
+
+/// The prices at which so large a share of the cost `before` is left, or a little less. Where several items are free, their
+/// predictions are worth the same only once each is measured alone, at the price that this led to; `known` is what that told of
+/// another share.
+pub(super) fn land(
+    stage: &Stage<'_>,
+    (job, target): (&Job, f64),
+    before: &Cost,
+    known: Option<&Landing>,
+    cx: &mut Context,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Landing, ShrinkError> {
+    let free: Vec<_> = (0..stage.items.len()).filter(|&i| stage.items[i].is_free()).collect();
+    let mut factors = known.map_or_else(|| vec![1.0; stage.items.len()], |known| known.factors.clone());
+    let mut found = price(stage, job, target, before, &factors, cx, progress)?;
+    if let (true, None, Some(judge)) = (free.len() > 1, known, &stage.judge) {
+        progress("measuring each pass alone");
+        let same = factors.clone();
+        for &i in &free {
+            let is_run = |j: usize| j == i || !free.contains(&j);
+            let own = |j: usize| is_run(j).then(|| of_item(found, &same, j));
+            let result = stage.run(cx, &own, Some(judge), progress)?;
+            let predicted: f64 = result.outcomes.iter().map(|outcome| outcome.predicted).sum();
+            let measured = match result.judged {
+                Some(judged) => judged,
+                None => judge.compare(&result.model)?.error,
+            };
+            if predicted > 0.0 && measured > 0.0 && measured.is_finite() {
+                factors[i] = measured * measured / predicted;
+            }
+        }
+        found = price(stage, job, target, before, &factors, cx, progress)?;
+    }
+    Ok(Landing { price: found, factors })
+}
+
+/// The price, in measured error, at which so large a share of the cost `before` is left, or a little less; nothing is measured on
+/// the way.
+fn price(
     stage: &Stage<'_>,
     job: &Job,
     target: f64,
     before: &Cost,
+    factors: &[f64],
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Price, ShrinkError> {
@@ -28,7 +84,7 @@ pub(super) fn price(
     let bound = cx.bound.clone();
     let mut share = |price: Price, progress: &mut dyn FnMut(&str)| {
         progress("looking for the target");
-        let result = stage.run(cx, &|_| Some(price), None, progress)?;
+        let result = stage.run(cx, &|i| Some(of_item(price, factors, i)), None, progress)?;
         Ok::<_, ShrinkError>(job.minimize.of_model(&result.model, &bound) / whole.max(1.0))
     };
     let at = |power: f64| Price::per_byte(libm::pow(10.0, power));

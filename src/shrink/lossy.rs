@@ -113,8 +113,8 @@ impl<'a> Lossy<'a> {
     /// Finds the price at which the result has the cost that is asked for, runs the passes at it, and checks what was given
     /// beside it.
     fn land(mut self, stage: &Stage<'_>, target: f64, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let price = land::price(stage, self.job, target, &self.report.before, cx, self.progress)?;
-        let result = stage.run(cx, &|_| Some(price), stage.judge.as_ref(), self.progress)?;
+        let landing = land::land(stage, (self.job, target), &self.report.before, None, cx, self.progress)?;
+        let result = stage.run(cx, &|i| Some(landing.price(i)), stage.judge.as_ref(), self.progress)?;
         self.warn_of_chance(&result.model, cx);
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;

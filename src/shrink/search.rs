@@ -21,10 +21,14 @@ const NEAR: f64 = 0.97;
 const EXPANSION: f64 = 64.0;
 /// Prices that are tried at most.
 const MAX_STEPS: usize = 24;
+/// Ceilings that are tried at most: what they add is little.
+const MAX_CEILINGS: usize = 6;
 /// Prices and ceilings are looked for this far from the first guess, up and down.
 const SPAN: f64 = 1e8;
 /// How often a price is raised at which a pass that is measured alone does nothing.
 const RAISES: usize = 4;
+/// The share of the error that is aimed at from which on what a pass does alone tells what its predictions are worth.
+const TELLING: f64 = 0.25;
 /// Refits that do not help one after the other, after which no more are tried: that is what few samples lead to.
 const MAX_REFUSED: usize = 2;
 /// Only of a model whose error is at most so many times what is aimed at does a refit tell of others.
@@ -199,13 +203,15 @@ impl<'a> Search<'a> {
             // What one number of measured error is in the predicted error of each item.
             let factors = self.factors.clone();
             let all = |price: f64| factors.iter().map(|factor| Price::per_byte(price / factor)).collect();
-            price = self.climb(price, aim, &all, &mut best, progress)?;
+            price = self.climb((price, MAX_STEPS), aim, &all, &mut best, progress)?;
         }
-        // What is left of the budget goes to one pass after another: each alone, then on top of what the others did.
+        // What is left of the budget goes to one pass after another: each alone, if there is nothing yet, then on top of what the
+        // others did.
         // A refit at each step is too much work for what an item gains that leads to one.
         let none = vec![Price::default(); self.stage.items.len()];
         let plain: Vec<_> = free.iter().copied().filter(|i| !self.refitted.contains(i)).collect();
-        if free.len() > 1 {
+        let is_vain = !best.trial.as_ref().is_some_and(Trial::did_something);
+        if free.len() > 1 && is_vain {
             for &i in &plain {
                 self.ceiling(i, &none, aim, &mut best, progress)?;
             }
@@ -218,11 +224,11 @@ impl<'a> Search<'a> {
     }
 
     /// Looks for the greatest number that, as the prices that `prices` makes of it, stays inside the budget, from a first
-    /// guess. The squared error is about a power of it: each next one is where that power, through the last two, meets the
-    /// aim. Answers that number, or a smaller one if nothing is inside.
+    /// guess, in so many steps at most. The squared error is about a power of it: each next one is where that power, through
+    /// the last two, meets the aim. Answers that number, or a smaller one if nothing is inside.
     fn climb(
         &mut self,
-        guess: f64,
+        (guess, most): (f64, usize),
         aim: f64,
         prices: &dyn Fn(f64) -> Vec<Price>,
         best: &mut Best<'_>,
@@ -230,7 +236,7 @@ impl<'a> Search<'a> {
     ) -> Result<f64, ShrinkError> {
         let (mut low, mut high): (Option<Point>, Option<Point>) = (None, None);
         let mut at = guess;
-        for _ in 0..MAX_STEPS {
+        for _ in 0..most {
             let (good, error) = self.attempt(&prices(at), best, progress)?;
             let point = Point { at, error };
             *(if good { &mut low } else { &mut high }) = Some(point);
@@ -263,7 +269,7 @@ impl<'a> Search<'a> {
             prices[i] = Price { ceiling, ..Price::per_byte(f64::INFINITY) };
             prices
         };
-        self.climb(aim * aim / self.factors[i], aim, &with, best, progress).map(drop)
+        self.climb((aim * aim / self.factors[i], MAX_CEILINGS), aim, &with, best, progress).map(drop)
     }
 
     /// Tries what each item does at its price; says whether it is inside the budget, and the error.
@@ -284,22 +290,25 @@ impl<'a> Search<'a> {
     fn calibrate(&mut self, free: &[usize], price: f64, progress: Progress<'_>) -> Result<(), ShrinkError> {
         for &i in free {
             let others = free.iter().filter(|&&j| j != i).copied().collect::<Vec<_>>();
-            // An item that does nothing yet, since its first step is a large one, is measured at a price at which it does.
+            // An item that does nothing yet, since its first step is a large one, or what hardly counts, is measured at a price
+            // at which it does.
             let mut price = price;
             for _ in 0..RAISES {
                 let prices = vec![Price::per_byte(price / self.factors[i]); self.stage.items.len()];
                 let trial = self.measure(&prices, &others, f64::INFINITY, progress)?;
-                let predicted = trial.predicted();
-                let measured = trial.difference.error.powi(2);
-                if predicted > 0.0 {
-                    if measured.is_finite() && measured > 0.0 {
-                        self.factors[i] *= measured / predicted;
-                    }
+                let (predicted, measured) = (trial.predicted(), trial.difference.error.powi(2));
+                if predicted > 0.0 && measured.is_finite() && measured > 0.0 {
+                    self.factors[i] *= measured / predicted;
+                }
+                let telling = (self.aim * TELLING).powi(2);
+                if predicted > 0.0 && (measured >= telling || !measured.is_finite()) {
                     break;
                 }
-                price *= EXPANSION;
+                price *= if predicted > 0.0 { (telling / measured).clamp(2.0, EXPANSION) } else { EXPANSION };
             }
         }
+        // What all of them together were off by was another matter.
+        self.correction = 1.0;
         Ok(())
     }
 

@@ -46,6 +46,8 @@ struct Refit {
     model: Model,
     helped: bool,
     difference: Option<Difference>,
+    /// The error by the judge before its samples were used for fitting too.
+    judged: f64,
 }
 
 /// What came of running a stage.
@@ -56,6 +58,8 @@ pub(super) struct Result {
     pub(super) refitted: bool,
     /// Whether that was tried for the first time.
     pub(super) is_new: bool,
+    /// The error by the judge of what was refitted, before its samples were used for fitting too.
+    pub(super) judged: Option<f64>,
     /// How the model differs from what the judge knows, but for the rounding of what cleaned up after it was judged.
     pub(super) difference: Option<Difference>,
 }
@@ -129,7 +133,7 @@ impl<'a> Stage<'a> {
         cx.kept.clear();
         cx.refit = false;
         let last = self.items.iter().rposition(|item| item.fidelity() == Fidelity::Lossy);
-        let (mut refitted, mut is_new, mut difference) = (false, false, None);
+        let (mut refitted, mut is_new, mut difference, mut judged) = (false, false, None, None);
         for (i, item) in self.items.iter().enumerate() {
             if let Some(price) = price(i) {
                 outcomes.extend(pipeline::run(std::slice::from_ref(item), &mut model, cx, price)?);
@@ -141,7 +145,7 @@ impl<'a> Stage<'a> {
                 is_new = known.is_none();
                 let refit = match known {
                     Some(known) => known,
-                    None => self.refit(model, &cx.kept, judge, progress)?,
+                    None => self.refit(&model, &cx.kept, judge, progress)?,
                 };
                 if is_new {
                     let mut refits = refits();
@@ -150,10 +154,11 @@ impl<'a> Stage<'a> {
                     refits.drain(..excess);
                     refits.push((key, refit.clone()));
                 }
-                Refit { model, helped: refitted, difference } = refit;
+                judged = Some(refit.judged);
+                Refit { model, helped: refitted, difference, .. } = refit;
             }
         }
-        Ok(Result { model, outcomes, refitted, is_new, difference })
+        Ok(Result { model, outcomes, refitted, is_new, judged, difference })
     }
 
     /// Refits `model` where `judge` finds it closer to the original then, and where nothing is searched for gives channels the
@@ -161,7 +166,7 @@ impl<'a> Stage<'a> {
     /// for the model (algorithms.md §16), so all are measured.
     fn refit(
         &self,
-        model: Model,
+        model: &Model,
         kept: &Kept,
         judge: &Reference,
         progress: &mut dyn FnMut(&str),
@@ -174,7 +179,7 @@ impl<'a> Stage<'a> {
             }
             Ok::<_, ShrinkError>(fitted)
         };
-        let (mut ways, mut best) = (&[][..], (model.clone(), judge.compare(&model)?));
+        let (mut ways, mut best) = (&[][..], (model.clone(), judge.compare(model)?));
         let candidates: &[&[Fit]] = if self.choose.is_empty() {
             &[&[Fit::Weights]]
         } else {
@@ -183,18 +188,20 @@ impl<'a> Stage<'a> {
         for candidate in candidates {
             let fitted = match candidate {
                 [Fit::Weights, rest @ ..] if ways == [Fit::Weights] => run(&best.0, rest, &self.originals, &self.fit)?,
-                _ => run(&model, candidate, &self.originals, &self.fit)?,
+                _ => run(model, candidate, &self.originals, &self.fit)?,
             };
             let difference = judge.compare(&fitted)?;
             if difference.error <= best.1.error {
                 (ways, best) = (candidate, (fitted, difference));
             }
         }
+        let judged = best.1.error;
         if ways.is_empty() || self.choose.is_empty() {
             let (model, difference) = best;
-            return Ok(Refit { model, helped: !ways.is_empty(), difference: Some(difference) });
+            return Ok(Refit { model, helped: !ways.is_empty(), difference: Some(difference), judged });
         }
         let all: Vec<_> = self.fit.iter().chain(&self.choose).cloned().collect();
-        Ok(Refit { model: run(&model, ways, &Originals::default(), &all)?, helped: true, difference: None })
+        let model = run(model, ways, &Originals::default(), &all)?;
+        Ok(Refit { model, helped: true, difference: None, judged })
     }
 }

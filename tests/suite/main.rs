@@ -5,6 +5,7 @@ mod backend;
 mod calibration;
 mod cli;
 mod codec;
+mod factor;
 mod models;
 mod passes;
 mod properties;

@@ -1,0 +1,170 @@
+//! See [`ExactRank`].
+
+use std::collections::BTreeSet;
+
+use nalgebra::DMatrix;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::rewrite::{Replacement, Site, Statistics, sites};
+use crate::{
+    analysis::moments::side_by_side,
+    factor::{Family, Form, Shape, Target},
+    ir::{DType, Graph, Outlet, Tensor},
+    linalg::{Spectrum, least_rank},
+    pass::{Context, Declare, Fidelity, Pass, everywhere},
+};
+
+/// Split weights that are products of much smaller ones.
+///
+/// A weight W (o×d) of rank r below half of o·d / (o + d) becomes B·A, B o×r and A r×d, without an error; a kernel whose channels
+/// are mixed so becomes one of fewer channels with a 1×1 after or before it. That saves half of the elements and of the
+/// multiply-adds at least.
+///
+/// Applies when: the weight is of 32 or 64 bits, and every row of the product is the weight's but for rounding. Ranks above 1024
+/// are not looked for.
+///
+/// Fidelity: rounding.
+#[derive(Debug, clap::Parser)]
+#[command(name = "exact-rank")]
+pub(super) struct ExactRank {}
+
+impl Declare for ExactRank {
+    const NAME: &'static str = "exact-rank";
+    const FIDELITY: Fidelity = Fidelity::Rounding;
+}
+
+/// Ranks up to this are looked for: telling that a matrix has no lower one takes work that grows with its cube.
+const MAX_RANK: usize = 1024;
+/// Elements that a weight must have for the names and the node of a second one to be worth it.
+const LEAST: usize = 256;
+/// The energy beyond the rank, of all energy: some ten times what rounding to 32 bits leaves.
+const NOISE: f64 = 1e-13;
+/// How far a row of the product may be from the weight's, of its norm: some rounding errors of 32 bits.
+const CLOSE: f64 = 2e-6;
+
+/// Tells what is remembered of a weight by this pass.
+const EXACT: u64 = 0x6578_6163_7472_616e;
+
+impl Pass for ExactRank {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let mut split = 0;
+        everywhere(graph, &mut |graph| {
+            let suspects = suspects(graph, cx);
+            if suspects.is_empty() {
+                return;
+            }
+            let statistics = Statistics::default();
+            for site in sites(graph, &statistics, cx, false).into_iter().flatten() {
+                let find = || exact(graph, &site, &statistics);
+                if suspects.contains(&site.weight)
+                    && let Some((form, chain)) = &*cx.remember(site.key ^ EXACT, find)
+                    && site.replace(graph, *form, chain, Self::NAME).is_some()
+                {
+                    split += site.readers();
+                }
+            }
+        });
+        cx.add("layers split", split);
+        Ok(())
+    }
+}
+
+/// The weights of layers of `graph` that may have such a rank, told by a few of their elements.
+fn suspects(graph: &Graph, cx: &mut Context) -> BTreeSet<Outlet> {
+    let mut questions = Vec::new();
+    for node in graph.ops() {
+        let slots = (0..2).filter_map(|slot| graph.operand(node, slot));
+        for weight in
+            slots.filter(|_| ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|k| graph.op_of(node, k).is_some()))
+        {
+            let Some(tensor) = graph.constant(weight) else { continue };
+            if matches!(tensor.dtype(), DType::Float | DType::Double) && tensor.len() >= LEAST {
+                let groups = graph.op(node).and_then(|op| op.int("group")).unwrap_or(1).max(1) as usize;
+                questions.push((weight, groups));
+            }
+        }
+    }
+    questions.sort_unstable();
+    questions.dedup();
+    let key = |&(weight, groups): &(Outlet, usize)| {
+        let sketch = graph.constant(weight).map_or(0, Tensor::sketch);
+        xxh3_64(format!("{} {sketch} {groups} exact rank", graph.name(weight)).as_bytes())
+    };
+    let found = cx.remember_all(&questions, key, |&(weight, groups)| {
+        graph.constant(weight).is_some_and(|tensor| is_suspect(tensor, groups))
+    });
+    questions.iter().zip(found).filter(|(_, found)| **found).map(|((weight, _), _)| *weight).collect()
+}
+
+/// Whether the elements of the first rows and columns do not show that a weight has no rank that is worth a split: seen as rows and
+/// the rest, and as columns and the rest, of its first group.
+fn is_suspect(tensor: &Tensor, groups: usize) -> bool {
+    let [rows, columns, kernel @ ..] = tensor.dims() else { return false };
+    let (rows, columns, taps) = (rows / groups, *columns, kernel.iter().product::<usize>());
+    let has_rank = |height: usize, width: usize, at: &dyn Fn(usize, usize) -> usize| {
+        let size = worthwhile(height, width);
+        if !(2..=MAX_RANK).contains(&size) {
+            return true;
+        }
+        // A few more than that, since some may be dead.
+        let more = size + size / 4;
+        let (height, width) = (height.min(more), width.min(more));
+        let places = (0..width).flat_map(|j| (0..height).map(move |i| (i, j)));
+        let values = tensor.floats_at(places.map(|(i, j)| at(i, j)));
+        values.is_none_or(|values| least_rank(DMatrix::from_vec(height, width, values)) >= size)
+    };
+    let by_rows = has_rank(rows, columns * taps, &|i, j| i * columns * taps + j);
+    let by_columns = taps == 1 || has_rank(columns, rows * taps, &|i, j| (j / taps * columns + i) * taps + j % taps);
+    !(by_rows && by_columns)
+}
+
+/// The rank from which on factors have more than half of the elements of a matrix.
+fn worthwhile(rows: usize, columns: usize) -> usize {
+    rows * columns / (2 * (rows + columns)).max(1) + 1
+}
+
+/// The chain that makes the weight of `site` but for rounding, if there is one that is worth it.
+fn exact(graph: &Graph, site: &Site, statistics: &Statistics) -> Option<(Form, Replacement)> {
+    let target = site.target(graph, statistics)?;
+    let families = [Family::After, Family::Before].into_iter().filter(|family| family.fits(&site.shape));
+    let found = families.filter_map(|family| of_family(&target, family));
+    found.min_by_key(|(form, _)| form.elements(&site.shape))
+}
+
+/// The member of a family of the least rank that loses nothing, if that is worth it.
+fn of_family(target: &Target, family: Family) -> Option<(Form, Replacement)> {
+    let Target { matrices, shape, .. } = target;
+    let rank = |matrix: &DMatrix<f64>| {
+        let unfolded = unfolded(matrix, shape, family);
+        let spectrum = Spectrum::of(&unfolded, None)?;
+        let limit = worthwhile(unfolded.nrows(), unfolded.ncols()).min(MAX_RANK);
+        (1..limit).find(|&rank| spectrum.tail(rank) <= NOISE * spectrum.total)
+    };
+    let rank = matrices.iter().map(rank).collect::<Option<Vec<_>>>()?.into_iter().max()?;
+    let form = family.member(rank);
+    if form.elements(shape) * 2 > shape.elements() {
+        return None;
+    }
+    let stages = family.prepare(target, None)?.fit(target, form)?.stages;
+    let rounded = stages.iter().map(|stage| stage.iter().map(|&v| f64::from(v as f32)).collect()).collect::<Vec<_>>();
+    let made = form.compose(shape, &rounded);
+    let is_close = |(made, matrix): (&DMatrix<f64>, &DMatrix<f64>)| {
+        made.row_iter().zip(matrix.row_iter()).all(|(made, row)| (made - row).norm() <= CLOSE * row.norm())
+    };
+    made.iter().zip(matrices).all(is_close).then_some((form, Replacement { stages, lost: None }))
+}
+
+/// W with the side that a family factors as its rows.
+fn unfolded(matrix: &DMatrix<f64>, shape: &Shape, family: Family) -> DMatrix<f64> {
+    let taps = shape.taps();
+    let part = |tap: usize| match (family, shape.spreads) {
+        (Family::Before, false) => {
+            matrix.select_columns(&(0..shape.reads).map(|c| c * taps + tap).collect::<Vec<_>>()).transpose()
+        }
+        _ => matrix.select_rows(&(0..shape.makes).map(|row| row * taps + tap).collect::<Vec<_>>()),
+    };
+    match (family, shape.spreads) {
+        (Family::After, false) | (Family::Before, true) => matrix.clone(),
+        _ => side_by_side((0..taps).map(part).collect::<Vec<_>>().iter()),
+    }
+}

@@ -1,0 +1,336 @@
+//! Replacing layers by chains of cheaper ones: what the passes that do so share.
+
+mod allocate;
+mod cost;
+mod dense;
+mod emit;
+mod site;
+
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use self::{
+    allocate::{Candidate, allocate},
+    cost::Costs,
+};
+pub(super) use self::{
+    emit::Replacement,
+    site::{Site, Statistics, sites},
+};
+use crate::{
+    analysis::shapes::Shapes,
+    factor::{Family, Form, Shape, Target, evbmf_rank},
+    ir::Graph,
+    linalg::Spectrum,
+    pass::{Context, Yardstick, open_to_loss},
+    refit::Factored,
+};
+
+/// How strong the chains are that stand in place of layers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Strength {
+    /// As the price of the error allows.
+    Budget,
+    /// Of this rank.
+    Rank(usize),
+    /// The cheapest that keep so large a share of the energy of what a layer makes.
+    Energy(f64),
+    /// Of the rank that stands out from noise.
+    Evbmf,
+}
+
+impl Strength {
+    /// Of the options of a pass, at most one of which is given.
+    pub(super) fn of(rank: Option<usize>, energy: Option<f64>, evbmf: bool) -> Self {
+        match (rank, energy) {
+            (Some(rank), _) => Self::Rank(rank),
+            (None, Some(energy)) => Self::Energy(energy),
+            (None, None) if evbmf => Self::Evbmf,
+            (None, None) => Self::Budget,
+        }
+    }
+
+    pub(super) fn is_fixed(self) -> bool {
+        self != Self::Budget
+    }
+}
+
+/// A pass that replaces layers by chains of some families.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rewrite<'a> {
+    /// The name of the pass.
+    pub(super) name: &'static str,
+    pub(super) families: &'a [Family],
+    pub(super) strength: Strength,
+    /// What is said of layers that have no kernel which fits the families, if that is worth a word.
+    pub(super) wants: &'static str,
+}
+
+/// The chains of a family that may stand in place of a layer, each with its error.
+type Curve = Vec<(Form, f64)>;
+
+/// What layers may become.
+struct Choices {
+    site: Site,
+    costs: Costs,
+    /// Chains that cost less, the cheapest first.
+    candidates: Vec<Candidate>,
+    /// What error of the whole model errors of the layer make, both relative and squared, from small to large.
+    probes: Vec<(f64, f64)>,
+}
+
+/// The errors of a layer at which it is measured how much the model minds them, relative and squared: one small enough for the
+/// answer to be in proportion, yet large enough to stand out, and one at which much of what a model makes up for is gone
+/// (algorithms.md §13.1: two strengths).
+const PROBED: [f64; 2] = [0.03, 0.3];
+
+impl Choices {
+    /// The error of the whole model that an error of the layer makes: in proportion below the first that was measured, beyond it
+    /// as the power of it that goes through both, but at least in proportion.
+    fn minded(&self, error: f64) -> f64 {
+        match self.probes[..] {
+            [(at, measured), (next, more), ..] if error > at => {
+                let power = ((more / measured).ln() / (next / at).ln()).max(1.0);
+                measured * (error / at).powf(power)
+            }
+            [(at, measured), ..] => measured * error / at,
+            [] => error,
+        }
+    }
+}
+
+impl Rewrite<'_> {
+    /// Replaces layers of the outermost graph, and of the bodies in it.
+    pub(super) fn start(&self, graph: &mut Graph, cx: &mut Context) {
+        let shapes = cx.shapes(graph);
+        self.run(graph, &shapes, cx, true);
+    }
+
+    /// Replaces layers of `graph`, then those of the bodies in it.
+    fn run(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) {
+        let mut all = self.choices(graph, shapes, cx, outermost);
+        if outermost && !self.strength.is_fixed() {
+            self.probe(graph, &mut all, cx);
+        }
+        let chosen = self.choose(&all, cx);
+        for (choices, chosen) in all.iter().zip(chosen) {
+            match chosen {
+                Some(candidate) => {
+                    if self.apply(graph, choices, candidate, cx, outermost).is_none() {
+                        cx.decline(&choices.site.name, "the chain holds values beyond what its type does");
+                    }
+                }
+                None => cx.decline(&choices.site.name, &self.reason(choices, cx)),
+            }
+        }
+        for id in open_to_loss(graph, self.strength.is_fixed(), cx) {
+            let bodies = graph.op(id).map_or(&[][..], |op| &op.bodies);
+            let inside: Vec<_> = bodies.iter().map(|body| shapes.inside(graph, id, &body.graph)).collect();
+            for (body, shapes) in graph.bodies_mut(id).iter_mut().zip(&inside) {
+                self.run(&mut body.graph, shapes, cx, false);
+            }
+        }
+    }
+
+    /// What each weight of `graph` may become.
+    fn choices(&self, graph: &Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) -> Vec<Choices> {
+        let statistics = Statistics::of(cx);
+        let mut fitting = Vec::new();
+        for site in sites(graph, &statistics, cx, outermost) {
+            let Ok(site) = site.map_err(|(name, why)| cx.decline(&name, &why)) else { continue };
+            if self.families.iter().any(|family| family.fits(&site.shape)) {
+                fitting.push(site);
+            } else {
+                cx.decline(&site.name, self.wants);
+            }
+        }
+        let questions: Vec<_> = fitting.iter().flat_map(|site| self.families.iter().map(move |&f| (site, f))).collect();
+        let key = |&(site, family): &(&Site, Family)| self.key_of(site, &format!("{family:?}"));
+        let curves = cx.remember_all(&questions, key, |&(site, family)| {
+            site.target(graph, &statistics).map_or_else(Vec::new, |target| self.curve(&target, family))
+        });
+        let choices = |(site, curves): (Site, &[Arc<Curve>])| {
+            let costs = Costs::of(graph, shapes, &site, cx.minimize)?;
+            let shape = &site.shape;
+            let candidate =
+                |&(form, error): &(Form, f64)| Candidate { form, error, cost: costs.of_chain(&form.layouts(shape)) };
+            let mut candidates: Vec<_> = curves.iter().flat_map(|curve| curve.iter().map(candidate)).collect();
+            let is_cheaper = |c: &Candidate| {
+                if self.strength.is_fixed() { c.form.elements(shape) < shape.elements() } else { c.cost < costs.whole }
+            };
+            candidates.retain(is_cheaper);
+            candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
+            Some(Choices { site, costs, candidates, probes: Vec::new() })
+        };
+        fitting.into_iter().zip(curves.chunks(self.families.len())).filter_map(choices).collect()
+    }
+
+    fn key_of(&self, site: &Site, what: &str) -> u64 {
+        xxh3_64(format!("{} {:?} {what}", site.key, self.strength).as_bytes())
+    }
+
+    /// The chains of a family that may stand in place of a layer, with their errors.
+    fn curve(&self, target: &Target, family: Family) -> Curve {
+        let shape = &target.shape;
+        let wanted = match self.strength {
+            Strength::Rank(rank) => Some(rank),
+            Strength::Evbmf => Some(rank_above_noise(target)),
+            _ => None,
+        };
+        let step = if self.strength.is_fixed() { 1 } else { multiple(shape, family) };
+        if !family.fits(shape) || wanted == Some(0) {
+            return Vec::new();
+        }
+        let Some(prepared) = family.prepare(target, wanted) else { return Vec::new() };
+        let mut curve = prepared.curve(if family == Family::Both { multiple(shape, family) } else { step });
+        curve.retain(|(form, _)| wanted.is_none_or(|rank| form.rank() == Some(rank)) && form.is_multiple(step));
+        curve
+    }
+
+    /// The candidate of each that the strength names, or the price allows.
+    fn choose<'c>(&self, all: &'c [Choices], cx: &Context) -> Vec<Option<&'c Candidate>> {
+        match self.strength {
+            Strength::Budget => allocate(all, cx.price),
+            Strength::Energy(energy) => {
+                let cheapest =
+                    |choices: &'c Choices| choices.candidates.iter().find(|candidate| candidate.error <= 1.0 - energy);
+                all.iter().map(cheapest).collect()
+            }
+            Strength::Rank(_) | Strength::Evbmf => all.iter().map(|choices| choices.candidates.first()).collect(),
+        }
+    }
+
+    /// Why a layer is left whole, in numbers.
+    fn reason(&self, choices: &Choices, cx: &Context) -> String {
+        let shape = &choices.site.shape;
+        let family = self.families.iter().find(|family| family.fits(shape)).copied().unwrap_or(Family::After);
+        let break_even = break_even(shape, family);
+        if self.strength == Strength::Evbmf {
+            return format!("what stands out from noise has no rank below break-even {break_even}, or none at all");
+        }
+        if self.strength.is_fixed() || choices.candidates.is_empty() {
+            return format!("pays only below rank {break_even}");
+        }
+        let Some(best) = choices.candidates.iter().min_by(|a, b| a.error.total_cmp(&b.error)) else {
+            return format!("pays only below rank {break_even}");
+        };
+        let worth = (cx.price.per_byte * choices.costs.whole).min(cx.price.ceiling);
+        format!(
+            "no rank below break-even {break_even} is worth its error, which is {:.1e} at best where {:.1e} is allowed",
+            choices.minded(best.error).sqrt(),
+            worth.max(0.0).sqrt()
+        )
+    }
+
+    fn apply(
+        &self,
+        graph: &mut Graph,
+        choices: &Choices,
+        candidate: &Candidate,
+        cx: &mut Context,
+        outermost: bool,
+    ) -> Option<()> {
+        let site = &choices.site;
+        let key = xxh3_64(format!("{} {:?} chain", site.key, candidate.form).as_bytes());
+        let statistics = Statistics::of(cx);
+        let chain = cx.remember(key, || replacement(graph, site, candidate.form, &statistics));
+        site.replace(graph, candidate.form, chain.as_ref().as_ref()?, self.name)?;
+        if outermost && site.known.is_some() && !cx.moments.is_empty() {
+            for linear in site.linear().iter().filter(|linear| linear.is_direct()) {
+                let result = graph.name(linear.node.out()).to_owned();
+                let shape = site.shape.clone();
+                cx.kept.replace(result, Factored { linear: linear.clone(), form: candidate.form, shape });
+            }
+            cx.refit = true;
+        }
+        let count = site.readers();
+        cx.predicted += choices.minded(candidate.error) * count as f64;
+        cx.add(word(candidate.form), count);
+        Some(())
+    }
+
+    /// Measures how much error of the whole model an error of each layer makes: each is replaced by itself.
+    fn probe(&self, graph: &Graph, all: &mut [Choices], cx: &mut Context) {
+        if cx.yardstick.is_none() {
+            return;
+        }
+        let nearest = |choices: &Choices, wanted: f64| {
+            let distance = |c: &&Candidate| (c.error.max(f64::MIN_POSITIVE) / wanted).ln().abs();
+            choices.candidates.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).copied()
+        };
+        let questions: Vec<_> = (0..all.len()).flat_map(|place| PROBED.map(|wanted| (place, wanted))).collect();
+        // It is measured once for each layer and kind of pass: what other passes did before changes it little, and measuring it
+        // anew at each step of a search takes longer than all else.
+        let key = |&(place, wanted): &(usize, f64)| {
+            let names = all[place].site.nodes().map(|node| graph.name(node.out()));
+            xxh3_64(format!("{} {wanted} {:?} sensitivity", self.name, names.collect::<Vec<_>>()).as_bytes())
+        };
+        let (yardstick, statistics) = (cx.yardstick_for(graph, questions.iter().map(key)), Statistics::of(cx));
+        let measure = |&(place, wanted): &(usize, f64)| {
+            let (site, yardstick): (_, &Yardstick) = (&all[place].site, yardstick.as_ref()?);
+            let probed = nearest(&all[place], wanted).filter(|probed| probed.error > 0.0)?;
+            let chain = replacement(graph, site, probed.form, &statistics)?;
+            let mut trial = graph.clone();
+            site.replace(&mut trial, probed.form, &chain, self.name)?;
+            let error = yardstick.error(&trial)?;
+            (error > 0.0 && error.is_finite()).then_some((probed.error, error * error))
+        };
+        let found = cx.remember_all(&questions, key, measure);
+        for ((place, _), measured) in questions.into_iter().zip(found) {
+            all[place].probes.extend(*measured);
+        }
+        for choices in all {
+            choices.probes.dedup_by_key(|probe| probe.0);
+        }
+    }
+}
+
+/// What is counted where a layer becomes a chain of this form.
+fn word(form: Form) -> &'static str {
+    match form {
+        Form::Ranks { before: Some(_), after: Some(_) } => "layers split in three",
+        Form::Ranks { .. } => "layers split",
+        Form::Spatial { .. } => "layers split by axes",
+        Form::Separate { .. } | Form::Mixed { .. } => "layers made depthwise",
+    }
+}
+
+/// The chain of this form for a site, which is the same at every price.
+fn replacement(graph: &Graph, site: &Site, form: Form, statistics: &Statistics) -> Option<Replacement> {
+    let target = site.target(graph, statistics)?;
+    let fitted = form.family().prepare(&target, form.rank())?.fit(&target, form)?;
+    let lost = site.means(graph, statistics).map(|means| {
+        let groups = target.matrices.iter().zip(&fitted.whole).zip(&means);
+        groups.flat_map(|((matrix, whole), mean)| ((matrix - whole) * mean).as_slice().to_vec()).collect()
+    });
+    Some(Replacement { stages: fitted.stages, lost })
+}
+
+/// The rank of the weight of a layer that stands out from noise.
+fn rank_above_noise(target: &Target) -> usize {
+    let of = |matrix| {
+        let spectrum: Spectrum = Spectrum::of(matrix, None)?;
+        Some(evbmf_rank(&spectrum.energies, matrix.nrows(), matrix.ncols()))
+    };
+    target.matrices.iter().filter_map(of).max().unwrap_or(0)
+}
+
+/// Ranks that the budget chooses are multiples of this: of 8, which runtimes compute at a time, where there are enough below
+/// break-even, else of less.
+fn multiple(shape: &Shape, family: Family) -> usize {
+    const BLOCK: usize = 8;
+    let choices = break_even(shape, family) / BLOCK;
+    if choices == 0 { 1 } else { BLOCK.min(1 << choices.ilog2()) }
+}
+
+/// The rank from which on a chain of a family has at least as many elements as the layer that it stands for.
+fn break_even(shape: &Shape, family: Family) -> usize {
+    let most = shape.makes.max(shape.reads) * shape.taps();
+    let (mut low, mut high) = (0, most + 1);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if family.member(middle).elements(shape) < shape.elements() { low = middle } else { high = middle }
+    }
+    high
+}

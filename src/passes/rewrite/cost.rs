@@ -1,0 +1,106 @@
+//! What a layer costs of what is to be saved, and what a chain in its place would.
+
+use super::site::{Readers, Site};
+use crate::{
+    analysis::{cost::Latency, shapes::Shapes},
+    factor::Layout,
+    ir::{Graph, NodeId},
+    pass::Minimize,
+};
+
+/// Bytes of the node and the names that each further layer of a chain adds to the file, about.
+const OVERHEAD: f64 = 200.0;
+
+/// What the layers of one weight cost.
+pub(super) struct Costs {
+    minimize: Minimize,
+    /// Bytes of an element of the weight.
+    element: f64,
+    readers: Vec<Places>,
+    /// What they cost as they are.
+    pub(super) whole: f64,
+}
+
+/// Where the vectors are that a layer multiplies.
+struct Places {
+    /// Samples, or rows of a plain matrix.
+    count: f64,
+    /// Along each axis of the kernel, the extent of what is read and of what is made.
+    extents: Vec<(f64, f64)>,
+    /// See [`Shape::spreads`](crate::factor::Shape::spreads).
+    spreads: bool,
+    /// Whether multiply-adds are counted: those of recurrences are not.
+    counts: bool,
+}
+
+impl Costs {
+    /// `None` where what is to be saved is not known.
+    pub(super) fn of(graph: &Graph, shapes: &Shapes, site: &Site, minimize: Minimize) -> Option<Self> {
+        let weight = site.stored(graph)?;
+        let element = weight.stored_bytes() as f64 / weight.value().len().max(1) as f64;
+        let places = |(node, read): (NodeId, u32)| Places::of(graph, shapes, site, node, read);
+        let nodes: Vec<_> = match &site.readers {
+            Readers::Dense(layers) => layers.iter().map(|layer| (layer.node, 1 - layer.slot)).collect(),
+            Readers::Linear(layers) => layers.iter().map(|linear| (linear.node, 0)).collect(),
+        };
+        let readers = match minimize {
+            Minimize::Bytes => Vec::new(),
+            Minimize::Macs | Minimize::LatencyModel => nodes.into_iter().map(places).collect::<Option<_>>()?,
+        };
+        let mut costs = Self { minimize, element, readers, whole: 0.0 };
+        costs.whole = costs.of_chain(&[Layout::of_whole(&site.shape)]);
+        Some(costs)
+    }
+
+    /// What a chain of such layers costs in the place of each.
+    pub(super) fn of_chain(&self, layouts: &[Layout]) -> f64 {
+        if self.minimize == Minimize::Bytes {
+            let elements: usize = layouts.iter().map(Layout::elements).sum();
+            return elements as f64 * self.element + OVERHEAD * (layouts.len() as f64 - 1.0);
+        }
+        self.readers.iter().map(|places| places.cost(layouts, self.minimize)).sum()
+    }
+}
+
+impl Places {
+    fn of(graph: &Graph, shapes: &Shapes, site: &Site, node: NodeId, slot: u32) -> Option<Self> {
+        let read = shapes.known(graph.operand(node, slot)?)?;
+        let made = shapes.known(node.out())?;
+        let axes = site.shape.kernel.len();
+        let (count, extents) = if axes == 0 {
+            let rows: usize = read.iter().product::<usize>() / (site.shape.reads * site.shape.groups).max(1);
+            (rows as f64, Vec::new())
+        } else {
+            let extent = |axis: usize| Some((*read.get(axis + 2)? as f64, *made.get(axis + 2)? as f64));
+            (*read.first()? as f64, (0..axes).map(extent).collect::<Option<_>>()?)
+        };
+        let counts = ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|kind| graph.op_of(node, kind).is_some());
+        Some(Self { count, extents, spreads: site.shape.spreads, counts })
+    }
+
+    fn cost(&self, layouts: &[Layout], minimize: Minimize) -> f64 {
+        let mut is_done = vec![false; self.extents.len()];
+        let area = |is_done: &[bool]| {
+            let extents = self.extents.iter().zip(is_done);
+            self.count * extents.map(|((before, after), done)| if *done { after } else { before }).product::<f64>()
+        };
+        let mut sum = 0.0;
+        for (i, layout) in layouts.iter().enumerate() {
+            let before = area(&is_done);
+            is_done.iter_mut().zip(&layout.along).for_each(|(done, along)| *done |= along);
+            let after = area(&is_done);
+            let multiplied = if self.spreads && layout.reaches() { before } else { after };
+            // The last layer of a chain for a recurrence is the recurrence itself.
+            let counts = self.counts || i + 1 < layouts.len();
+            let products = if counts { layout.elements() as f64 * multiplied } else { 0.0 };
+            if minimize == Minimize::Macs {
+                sum += products;
+                continue;
+            }
+            let made = if self.spreads && layout.reaches() { layout.dims[1] * layout.groups } else { layout.dims[0] };
+            let read = if self.extents.is_empty() { layout.elements() as f64 * Latency::WEIGHT } else { 0.0 };
+            sum += products * Latency::PRODUCT + made as f64 * after * Latency::RESULT + read;
+        }
+        sum
+    }
+}

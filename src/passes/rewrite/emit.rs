@@ -1,0 +1,178 @@
+//! Writing the nodes of a chain in the place of a layer.
+
+use super::{
+    dense,
+    site::{Readers, Site},
+};
+use crate::{
+    analysis::linear::Linear,
+    factor::{Form, Layout},
+    ir::{Graph, Op, Outlet, Weight},
+    refit::Bias,
+};
+
+/// A chain that stands in place of each layer of a site.
+#[derive(Debug)]
+pub(in crate::passes) struct Replacement {
+    /// The weight of each of its layers, laid out as the form says.
+    pub(in crate::passes) stages: Vec<Vec<f64>>,
+    /// What it lacks of the mean of what is made, for each row of W of all groups, where that is known.
+    pub(in crate::passes) lost: Option<Vec<f64>>,
+}
+
+impl Site {
+    /// Puts a chain in the place of each layer; `None`, and the graph is of no use then, where a value is beyond what its type holds.
+    pub(in crate::passes) fn replace(
+        &self,
+        graph: &mut Graph,
+        form: Form,
+        chain: &Replacement,
+        pass: &str,
+    ) -> Option<()> {
+        let stored = self.stored(graph)?.clone();
+        let layouts = form.layouts(&self.shape);
+        match &self.readers {
+            Readers::Dense(layers) => {
+                let [inner, outer] = &chain.stages[..] else { return None };
+                let (left, right) = self.matrices(form, &stored, (inner, outer))?;
+                let left = graph.add_const(left, &format!("{}.{pass}.left", self.name));
+                let right = graph.add_const(right, &format!("{}.{pass}.right", self.name));
+                for layer in layers {
+                    dense::split(graph, layer, (left, right), pass)?;
+                }
+                // Where every reader wants them transposed, nobody reads the factors themselves.
+                graph.sweep(left.node);
+                graph.sweep(right.node);
+            }
+            Readers::Linear(layers) => {
+                let mut weights = Vec::new();
+                for (i, (layout, values)) in layouts.iter().zip(&chain.stages).enumerate() {
+                    let (dims, values) = written(graph, &layers[0], i, layout, values);
+                    let weight = stored.fit(&dims, &values).filter(|weight| weight.value().is_finite())?;
+                    weights.push(graph.add_const(weight, &format!("{}.{pass}.{}", self.name, i + 1)));
+                }
+                for linear in layers {
+                    if linear.is_recurrent() {
+                        mix_before(graph, linear, &weights, pass)?;
+                    } else {
+                        convolve(graph, linear, (&layouts, &weights), pass)?;
+                    }
+                }
+            }
+        }
+        if let Some(lost) = &chain.lost {
+            for linear in self.linear() {
+                add_to_bias(graph, linear, lost, pass)?;
+            }
+        }
+        Some(())
+    }
+
+    /// The constants left and right whose product stands in place of a constant, in its own order.
+    fn matrices(&self, form: Form, stored: &Weight, (inner, outer): (&[f64], &[f64])) -> Option<(Weight, Weight)> {
+        let Form::Ranks { after: Some(rank), before: None } = form else { return None };
+        let [stack @ .., rows, columns] = stored.value().dims() else { return None };
+        let dims = |rows: usize, columns: usize| [stack, &[rows, columns]].concat();
+        let (rows, columns, flipped) = (*rows, *columns, self.is_flipped());
+        // Stored as it is, W = outer·inner; stored as Wᵀ, that is innerᵀ·outerᵀ.
+        let turned = |values: &[f64], width: usize| {
+            nalgebra::DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
+        };
+        let (left, right) =
+            if flipped { (turned(inner, rows), turned(outer, rank)) } else { (outer.to_vec(), inner.to_vec()) };
+        let left = stored.fit(&dims(rows, rank), &left)?;
+        let right = stored.fit(&dims(rank, columns), &right)?;
+        (left.value().is_finite() && right.value().is_finite()).then_some((left, right))
+    }
+}
+
+/// Adds `lost`, a value for each row of W, to the bias of a layer: of rows that spread over places, what reaches one on average.
+fn add_to_bias(graph: &mut Graph, linear: &Linear, lost: &[f64], pass: &str) -> Option<()> {
+    let strides = graph.op(linear.node)?.ints("strides").map_or(1, |strides| strides.iter().product::<i64>().max(1));
+    let share = if linear.spread > 1 { (strides as f64).recip() } else { 1.0 };
+    let bias = Bias::of(graph, linear);
+    let mut values = bias.values(graph, linear)?;
+    for (value, lost) in values.iter_mut().zip(lost.chunks(linear.spread)) {
+        *value += lost.iter().sum::<f64>() * share;
+    }
+    bias.set(graph, linear, &values, pass)
+}
+
+/// The extents and elements of a weight as the operator that reads it wants them.
+fn written(graph: &Graph, linear: &Linear, stage: usize, layout: &Layout, values: &[f64]) -> (Vec<usize>, Vec<f64>) {
+    if !linear.is_recurrent() {
+        return (layout.dims.clone(), values.to_vec());
+    }
+    let [rows, columns] = layout.dims[..] else { return (layout.dims.clone(), values.to_vec()) };
+    if stage == 0 {
+        // A product of rows by Aᵀ.
+        return (vec![columns, rows], nalgebra::DMatrix::from_row_slice(rows, columns, values).as_slice().to_vec());
+    }
+    let directions = graph.constant(linear.weight).map_or(1, |weight| weight.dims()[0]);
+    (vec![directions, rows / directions, columns], values.to_vec())
+}
+
+/// Has a recurrence read `x·Aᵀ` of `weights` instead of x.
+fn mix_before(graph: &mut Graph, linear: &Linear, weights: &[Outlet], pass: &str) -> Option<()> {
+    let [mixing, weight] = *weights else { return None };
+    let (name, node_name) = names(graph, linear, pass);
+    let op = Op::new("MatMul").named(&node_name);
+    let mixed = graph.add_op(op, &[Some(linear.input), Some(mixing)], &[&name], linear.node).out();
+    graph.set_operand(linear.node, 0, Some(mixed));
+    graph.exchange_operand(linear.node, linear.slot(), Some(weight));
+    Some(())
+}
+
+/// Names for a value and a node before the layer.
+fn names(graph: &Graph, linear: &Linear, pass: &str) -> (String, String) {
+    let node = graph.op(linear.node).map_or("", Op::name);
+    let node = if node.is_empty() { String::new() } else { format!("{node}.{pass}") };
+    (format!("{}.{pass}", graph.name(linear.node.out())), node)
+}
+
+/// Has convolutions with such weights stand in the place of one; the last one is its node.
+fn convolve(graph: &mut Graph, linear: &Linear, (layouts, weights): (&[Layout], &[Outlet]), pass: &str) -> Option<()> {
+    let whole = graph.op(linear.node)?.clone();
+    let mut read = graph.operand(linear.node, 0)?;
+    let (name, node_name) = names(graph, linear, pass);
+    let last = layouts.len().checked_sub(1)?;
+    for (layout, &weight) in layouts[..last].iter().zip(weights) {
+        let op = part(&whole, layout)?.named(&node_name);
+        read = graph.add_op(op, &[Some(read), Some(weight)], &[&name], linear.node).out();
+    }
+    let op = part(&whole, &layouts[last])?.in_place_of(&whole);
+    graph.edit_op(linear.node, |own| *own = op);
+    graph.set_operand(linear.node, 0, Some(read));
+    graph.exchange_operand(linear.node, 1, Some(weights[last]));
+    Some(())
+}
+
+/// The part of a convolution that reaches along some axes of its kernel.
+fn part(whole: &Op, layout: &Layout) -> Option<Op> {
+    let axes = layout.along.len();
+    let kind = if layout.reaches() { whole.standard()? } else { "Conv" };
+    let kernel: Vec<_> = layout.dims[2..].iter().map(|&extent| extent as i64).collect();
+    let mut op = Op::new(kind).with_ints("kernel_shape", &kernel);
+    if layout.groups > 1 {
+        op = op.with_int("group", layout.groups as i64);
+    }
+    if !layout.reaches() {
+        return Some(op);
+    }
+    let along = |axis: usize| layout.along[axis % axes];
+    for (name, neutral) in [("strides", 1), ("dilations", 1), ("pads", 0), ("output_padding", 0)] {
+        let Some(values) = whole.ints(name) else { continue };
+        let kept = |(axis, &value): (usize, &i64)| if along(axis) { value } else { neutral };
+        let kept: Vec<_> = values.iter().enumerate().map(kept).collect();
+        if kept.iter().any(|&value| value != neutral) {
+            op = op.with_ints(name, &kept);
+        }
+    }
+    if let Some(shape) = whole.ints("output_shape") {
+        op = op.with_ints("output_shape", shape);
+    }
+    if let Some(pads) = whole.string("auto_pad") {
+        op = op.with_string("auto_pad", pads);
+    }
+    Some(op)
+}
