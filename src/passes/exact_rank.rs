@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use nalgebra::DMatrix;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::rewrite::{Replacement, Site, Statistics, sites};
+use super::rewrite::{Replacement, Site, Statistics};
 use crate::{
     analysis::moments::side_by_side,
     factor::{Family, Form, Shape, Target},
@@ -49,15 +49,11 @@ impl Pass for ExactRank {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let mut split = 0;
         everywhere(graph, &mut |graph| {
-            let suspects = suspects(graph, cx);
-            if suspects.is_empty() {
-                return;
-            }
             let statistics = Statistics::default();
-            for site in sites(graph, &statistics, cx, false).into_iter().flatten() {
+            for weight in suspects(graph, cx) {
+                let Ok(site) = Site::of(graph, weight, (&statistics, cx), false) else { continue };
                 let find = || exact(graph, &site, &statistics);
-                if suspects.contains(&site.weight)
-                    && let Some((form, chain)) = &*cx.remember(site.key ^ EXACT, find)
+                if let Some((form, chain)) = &*cx.remember(site.key ^ EXACT, find)
                     && site.replace(graph, *form, chain, Self::NAME).is_some()
                 {
                     split += site.readers();

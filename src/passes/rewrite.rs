@@ -13,10 +13,11 @@ use xxhash_rust::xxh3::xxh3_64;
 use self::{
     allocate::{Candidate, allocate},
     cost::Costs,
+    site::sites,
 };
 pub(super) use self::{
     emit::Replacement,
-    site::{Site, Statistics, sites},
+    site::{Site, Statistics},
 };
 use crate::{
     analysis::shapes::Shapes,

@@ -20,7 +20,7 @@ use crate::{
 /// A weight, and all layers that multiply by it.
 pub(in crate::passes) struct Site {
     pub(super) name: String,
-    pub(in crate::passes) weight: Outlet,
+    pub(super) weight: Outlet,
     pub(super) readers: Readers,
     pub(in crate::passes) shape: Shape,
     /// The layers as y = W·x, if all of them are of one form.
@@ -81,7 +81,7 @@ impl Readers {
 }
 
 /// The weights of `graph` that layers multiply by, or the name of each that can't be replaced, and why.
-pub(in crate::passes) fn sites(
+pub(super) fn sites(
     graph: &Graph,
     statistics: &Statistics,
     cx: &Context,
@@ -120,7 +120,8 @@ fn readers(graph: &Graph, weight: Outlet) -> Option<Readers> {
 }
 
 impl Site {
-    fn of(
+    /// All layers that multiply by `weight`, or why it can't be replaced.
+    pub(in crate::passes) fn of(
         graph: &Graph,
         weight: Outlet,
         (statistics, cx): (&Statistics, &Context),
