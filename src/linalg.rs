@@ -37,7 +37,7 @@ impl Spectrum {
     pub fn of(matrix: &DMatrix<f64>, rank: Option<usize>) -> Option<Self> {
         let small = matrix.nrows().min(matrix.ncols());
         match rank {
-            Some(rank) if ((rank + OVERSAMPLING) as f64) < RANDOMIZED_SHARE * small as f64 => {
+            Some(rank) if (rank.saturating_add(OVERSAMPLING) as f64) < RANDOMIZED_SHARE * small as f64 => {
                 Self::leading(matrix, rank)
             }
             _ if matrix.nrows() <= matrix.ncols() => Self::full(matrix),

@@ -399,19 +399,24 @@ fn untaken_note(difference: &Difference) -> String {
 fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
     let model = read(path)?;
     let cost = Cost::of(&model, &Samples::likely_shapes(&model, &Request::default()));
-    println!("nodes      {}", cost.node_count());
-    for (op, count) in &cost.nodes {
-        println!("  {op} {count}");
-    }
-    println!(
-        "parameters {}\nbytes      {}\nMACs       {} where shapes are known",
-        cost.parameters, cost.bytes, cost.macs
+    let ops: Vec<_> = cost.nodes.iter().map(|(op, count)| format!("  {op} {count}\n")).collect();
+    let opset = |(domain, version): (&str, i64)| {
+        format!("opset      {} {version}\n", if domain.is_empty() { "ai.onnx" } else { domain })
+    };
+    let (ops, opsets) = (ops.concat(), model.opsets().map(opset).collect::<Vec<_>>().concat());
+    let text = format!(
+        "nodes      {}\n{ops}parameters {}\nbytes      {}\nMACs       {} where shapes are known\nIR version {}\n{opsets}",
+        cost.node_count(),
+        cost.parameters,
+        cost.bytes,
+        cost.macs,
+        model.ir_version()
     );
-    println!("IR version {}", model.ir_version());
-    for (domain, version) in model.opsets() {
-        println!("opset      {} {version}", if domain.is_empty() { "ai.onnx" } else { domain });
+    // Whoever reads it may have seen enough.
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(ExitCode::SUCCESS),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::Result<ExitCode> {

@@ -135,6 +135,7 @@ pub fn together_of_kept(table: &Table, kept: &Kept, graph: &Graph, layers: &[Lin
         let whole = table.get(&layer.source(graph))?;
         let Some(left) = kept.channels_of(graph.name(layer.input))? else { return Some(whole.clone()) };
         let (channels, before) = (layer.columns / layer.taps, whole.first()?.sum.len() / layer.taps);
+        (left.len() == layer.groups * channels).then_some(())?;
         let of_group = |group: usize| {
             let own = left.get(group * channels..(group + 1) * channels)?;
             let from = own.first()? / before;

@@ -153,6 +153,13 @@ impl Prepared {
         (0..count).map(|i| (self.family.member(i + 1), error(i))).collect()
     }
 
+    /// The relative squared error of one member.
+    #[must_use]
+    pub fn error(&self, form: Form) -> f64 {
+        let errors = self.curve(1);
+        errors.into_iter().find(|(member, _)| *member == form).map_or(f64::INFINITY, |(_, error)| error)
+    }
+
     /// What is lost where so much energy is told.
     fn lost(&self, told: f64) -> f64 {
         if self.total > 0.0 { (1.0 - told / self.total).max(0.0) } else { 0.0 }
@@ -188,7 +195,10 @@ impl Prepared {
             let form = Form::Ranks { before: Some(before), after: Some(after) };
             (form, self.lost(table[(before - 1, after - 1)]))
         };
-        ranks(table.nrows()).flat_map(|i| ranks(table.ncols()).map(move |j| (i, j))).map(member).collect()
+        // Of so many features, no more directions are told.
+        let blocks = self.groups.iter().map(Group::blocks).min().unwrap_or(1);
+        let pairs = ranks(table.nrows()).flat_map(|i| ranks(table.ncols()).map(move |j| (i, j)));
+        pairs.filter(|(before, after)| *after <= before * blocks).map(member).collect()
     }
 
     /// The chain of this form that is closest to `target`, which all this was found out about; `None` where there is none.
@@ -201,12 +211,22 @@ impl Prepared {
             stages.iter_mut().zip(weights).for_each(|(stage, own)| stage.extend(own));
             whole.push(made);
         }
+        let layouts = form.layouts(&target.shape);
+        let fits = stages.iter().zip(&layouts).all(|(stage, layout)| stage.len() == layout.elements());
         let is_finite = stages.iter().flatten().all(|value| value.is_finite());
-        is_finite.then_some(Fitted { stages, whole })
+        (fits && is_finite).then_some(Fitted { stages, whole })
     }
 }
 
 impl Group {
+    /// Features in a row.
+    fn blocks(&self) -> usize {
+        match self {
+            Self::Told(features, _) | Self::Turned(features, ..) => features.blocks.len(),
+            Self::Spectrum(_) | Self::Each(_) => 1,
+        }
+    }
+
     /// The weights of the layers of a chain, and what they make together.
     fn fit(&self, matrix: &DMatrix<f64>, shape: &Shape, form: Form) -> Option<(Vec<Vec<f64>>, DMatrix<f64>)> {
         let (size, taps) = (matrix.ncols(), shape.taps());

@@ -10,8 +10,7 @@ use crate::{
 /// Split each layer in the way that costs least for its error: as `svd`, `spatial`, `tucker` or `separate` would.
 ///
 /// Every way to split a layer is priced by what it saves and by the error that it makes, weighed by how much the model minds an
-/// error of that layer; of all points on the lower convex hull, each layer gets the one that the budget allows
-/// (algorithms.md §13).
+/// error of that layer; of all points on the lower convex hull, each layer gets the one that the budget allows.
 ///
 /// Applies when: any of these passes does.
 ///

@@ -235,7 +235,8 @@ fn probe(
         let mut hasher = Xxh3::new();
         let makers = group.of_role(Role::Makes).flat_map(|side| graph.uses(side.weight));
         // What a layer makes keeps its name, whatever becomes of its weights.
-        makers.for_each(|(node, _)| hasher.update(graph.name(node.out()).as_bytes()));
+        let made = makers.flat_map(|(node, _)| (0..graph.output_count(node)).map(move |slot| node.at(slot)));
+        made.for_each(|value| hasher.update(format!("{}\0", graph.name(value)).as_bytes()));
         hasher.digest()
     };
     let both: Vec<_> = groups.iter().zip(curves).collect();

@@ -115,14 +115,24 @@ impl Rewrite<'_> {
             self.probe(graph, &mut all, cx);
         }
         let chosen = self.choose(&all, cx);
-        for (choices, chosen) in all.iter().zip(chosen) {
-            match chosen {
-                Some(candidate) => {
-                    if self.apply(graph, choices, candidate, cx, outermost).is_none() {
-                        cx.decline(&choices.site.name, "the chain holds values beyond what its type does");
-                    }
-                }
-                None => cx.decline(&choices.site.name, &self.reason(choices, cx)),
+        let made: Vec<_> = all.iter().zip(chosen).filter_map(|(choices, chosen)| Some((choices, *chosen?))).collect();
+        for choices in
+            all.iter().filter(|choices| made.iter().all(|(other, _)| other.site.weight != choices.site.weight))
+        {
+            cx.decline(&choices.site.name, &self.reason(choices, cx));
+        }
+        // All are found before any is put in place, since what is known of layers is known by the names that values have.
+        let statistics = Statistics::of(cx);
+        let key = |(choices, candidate): &(&Choices, Candidate)| {
+            xxh3_64(format!("{} {:?} chain", choices.site.key, candidate.form).as_bytes())
+        };
+        let chains = cx.remember_all(&made, key, |(choices, candidate)| {
+            replacement(graph, &choices.site, candidate.form, &statistics)
+        });
+        for ((choices, candidate), chain) in made.iter().zip(chains) {
+            let chain = (*chain).as_ref();
+            if chain.and_then(|chain| self.apply(graph, choices, (candidate.form, chain), cx, outermost)).is_none() {
+                cx.decline(&choices.site.name, "the chain holds values beyond what its type does");
             }
         }
         for id in open_to_loss(graph, self.strength.is_fixed(), cx) {
@@ -140,7 +150,10 @@ impl Rewrite<'_> {
         let mut fitting = Vec::new();
         for site in sites(graph, &statistics, cx, outermost) {
             let Ok(site) = site.map_err(|(name, why)| cx.decline(&name, &why)) else { continue };
-            if self.families.iter().any(|family| family.fits(&site.shape)) {
+            let is_vector = |value| shapes.rank(value).is_none_or(|rank| rank < 2);
+            if site.is_stack() && site.operands(graph).any(is_vector) {
+                cx.decline(&site.name, "may multiply a vector, by a stack of matrices");
+            } else if self.families.iter().any(|family| family.fits(&site.shape)) {
                 fitting.push(site);
             } else {
                 cx.decline(&site.name, self.wants);
@@ -151,8 +164,12 @@ impl Rewrite<'_> {
         let curves = cx.remember_all(&questions, key, |&(site, family)| {
             site.target(graph, &statistics).map_or_else(Vec::new, |target| self.curve(&target, family))
         });
+        let mut unknown = Vec::new();
         let choices = |(site, curves): (Site, &[Arc<Curve>])| {
-            let costs = Costs::of(graph, shapes, &site, cx.minimize)?;
+            let Some(costs) = Costs::of(graph, shapes, &site, cx.minimize) else {
+                unknown.push(site.name);
+                return None;
+            };
             let shape = &site.shape;
             let candidate =
                 |&(form, error): &(Form, f64)| Candidate { form, error, cost: costs.of_chain(&form.layouts(shape)) };
@@ -164,29 +181,37 @@ impl Rewrite<'_> {
             candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
             Some(Choices { site, costs, candidates, probes: Vec::new() })
         };
-        fitting.into_iter().zip(curves.chunks(self.families.len())).filter_map(choices).collect()
+        let all = fitting.into_iter().zip(curves.chunks(self.families.len())).filter_map(choices).collect();
+        for name in unknown {
+            cx.decline(&name, "the shape of what it multiplies is not known");
+        }
+        all
     }
 
     fn key_of(&self, site: &Site, what: &str) -> u64 {
         xxh3_64(format!("{} {:?} {what}", site.key, self.strength).as_bytes())
     }
 
-    /// The chains of a family that may stand in place of a layer, with their errors.
+    /// The chains of a family that may stand in place of a layer, with their errors; of a given rank, which is chosen whatever
+    /// its error is, without.
     fn curve(&self, target: &Target, family: Family) -> Curve {
         let shape = &target.shape;
-        let wanted = match self.strength {
+        let rank = match self.strength {
             Strength::Rank(rank) => Some(rank),
             Strength::Evbmf => Some(rank_above_noise(target)),
-            _ => None,
+            Strength::Budget | Strength::Energy(_) => None,
         };
-        let step = if self.strength.is_fixed() { 1 } else { multiple(shape, family) };
-        if !family.fits(shape) || wanted == Some(0) {
-            return Vec::new();
+        let most = (shape.makes * if shape.spreads { shape.taps() } else { 1 }).min(shape.reads * shape.taps());
+        match rank {
+            _ if !family.fits(shape) => Vec::new(),
+            Some(rank) if (1..=most).contains(&rank) => vec![(family.member(rank), 0.0)],
+            Some(_) => Vec::new(),
+            None => {
+                let step = if self.strength.is_fixed() { 1 } else { multiple(shape, family) };
+                let curve = family.prepare(target, None).map(|prepared| prepared.curve(step));
+                curve.into_iter().flatten().filter(|(form, _)| form.is_multiple(step)).collect()
+            }
         }
-        let Some(prepared) = family.prepare(target, wanted) else { return Vec::new() };
-        let mut curve = prepared.curve(if family == Family::Both { multiple(shape, family) } else { step });
-        curve.retain(|(form, _)| wanted.is_none_or(|rank| form.rank() == Some(rank)) && form.is_multiple(step));
-        curve
     }
 
     /// The candidate of each that the strength names, or the price allows.
@@ -210,44 +235,50 @@ impl Rewrite<'_> {
         if self.strength == Strength::Evbmf {
             return format!("what stands out from noise has no rank below break-even {break_even}, or none at all");
         }
+        if let (Strength::Energy(energy), false) = (self.strength, choices.candidates.is_empty()) {
+            return format!("keeps less than {energy} of its energy below break-even {break_even}");
+        }
         if self.strength.is_fixed() || choices.candidates.is_empty() {
             return format!("pays only below rank {break_even}");
         }
-        let Some(best) = choices.candidates.iter().min_by(|a, b| a.error.total_cmp(&b.error)) else {
+        let saved = |candidate: &Candidate| choices.costs.whole - candidate.cost;
+        let slope = |candidate: &Candidate| choices.minded(candidate.error) / saved(candidate);
+        let Some(best) = choices.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b))) else {
             return format!("pays only below rank {break_even}");
         };
-        let worth = (cx.price.per_byte * choices.costs.whole).min(cx.price.ceiling);
         format!(
-            "no rank below break-even {break_even} is worth its error, which is {:.1e} at best where {:.1e} is allowed",
+            "no rank below break-even {break_even} is worth its error: the best saves {:.0} % of the layer for an error of {:.1e}, where {:.1e} \
+             is allowed for that",
+            saved(best) / choices.costs.whole * 100.0,
             choices.minded(best.error).sqrt(),
-            worth.max(0.0).sqrt()
+            (cx.price.per_byte * saved(best)).min(cx.price.ceiling).max(0.0).sqrt()
         )
     }
 
+    /// Puts a chain in the place of each layer of a site; `None`, and nothing done, where that does not work out.
     fn apply(
         &self,
         graph: &mut Graph,
         choices: &Choices,
-        candidate: &Candidate,
+        (form, chain): (Form, &Replacement),
         cx: &mut Context,
         outermost: bool,
     ) -> Option<()> {
         let site = &choices.site;
-        let key = xxh3_64(format!("{} {:?} chain", site.key, candidate.form).as_bytes());
-        let statistics = Statistics::of(cx);
-        let chain = cx.remember(key, || replacement(graph, site, candidate.form, &statistics));
-        site.replace(graph, candidate.form, chain.as_ref().as_ref()?, self.name)?;
+        let mut next = graph.clone();
+        site.replace(&mut next, form, chain, self.name)?;
+        *graph = next;
         if outermost && site.known.is_some() && !cx.moments.is_empty() {
             for linear in site.linear().iter().filter(|linear| linear.is_direct()) {
                 let result = graph.name(linear.node.out()).to_owned();
                 let shape = site.shape.clone();
-                cx.kept.replace(result, Factored { linear: linear.clone(), form: candidate.form, shape });
+                cx.kept.replace(result, Factored { linear: linear.clone(), form, shape });
             }
             cx.refit = true;
         }
         let count = site.readers();
-        cx.predicted += choices.minded(candidate.error) * count as f64;
-        cx.add(word(candidate.form), count);
+        cx.predicted += choices.minded(chain.error) * count as f64;
+        cx.add(word(form), count);
         Some(())
     }
 
@@ -264,7 +295,8 @@ impl Rewrite<'_> {
         // It is measured once for each layer and kind of pass: what other passes did before changes it little, and measuring it
         // anew at each step of a search takes longer than all else.
         let key = |&(place, wanted): &(usize, f64)| {
-            let names = all[place].site.nodes().map(|node| graph.name(node.out()));
+            let made = |node| (0..graph.output_count(node)).map(move |slot| graph.name(node.at(slot)));
+            let names = all[place].site.nodes().flat_map(made);
             xxh3_64(format!("{} {wanted} {:?} sensitivity", self.name, names.collect::<Vec<_>>()).as_bytes())
         };
         let (yardstick, statistics) = (cx.yardstick_for(graph, questions.iter().map(key)), Statistics::of(cx));
@@ -300,12 +332,13 @@ fn word(form: Form) -> &'static str {
 /// The chain of this form for a site, which is the same at every price.
 fn replacement(graph: &Graph, site: &Site, form: Form, statistics: &Statistics) -> Option<Replacement> {
     let target = site.target(graph, statistics)?;
-    let fitted = form.family().prepare(&target, form.rank())?.fit(&target, form)?;
+    let prepared = form.family().prepare(&target, form.rank())?;
+    let (fitted, error) = (prepared.fit(&target, form)?, prepared.error(form));
     let lost = site.means(graph, statistics).map(|means| {
         let groups = target.matrices.iter().zip(&fitted.whole).zip(&means);
         groups.flat_map(|((matrix, whole), mean)| ((matrix - whole) * mean).as_slice().to_vec()).collect()
     });
-    Some(Replacement { stages: fitted.stages, lost })
+    Some(Replacement { stages: fitted.stages, lost, error })
 }
 
 /// The rank of the weight of a layer that stands out from noise.

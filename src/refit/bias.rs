@@ -67,7 +67,8 @@ impl Bias {
                 return Some(());
             }
             let name = format!("{}.{pass}", graph.name(linear.node.out()));
-            let bias = graph.add_const(like.fit(&[values.len()], values)?, &format!("{name}.bias"));
+            let bias = like.fit(&[values.len()], values).filter(|weight| weight.value().is_finite())?;
+            let bias = graph.add_const(bias, &format!("{name}.bias"));
             let result = linear.node.out();
             let add = graph.add_op(Op::new("Add"), &[None, Some(bias)], &[&name], linear.node);
             graph.replace_uses(result, add.out());
@@ -77,7 +78,7 @@ impl Bias {
         let old = graph.operand(node, slot);
         let dims = old.and_then(|old| graph.constant(old)).map(|old| old.dims().to_vec());
         let dims = dims.filter(|dims| dims.iter().product::<usize>() == values.len()).unwrap_or(vec![values.len()]);
-        let bias = like.fit(&dims, values)?;
+        let bias = like.fit(&dims, values).filter(|weight| weight.value().is_finite())?;
         let base = old.map_or_else(|| graph.name(linear.node.out()).to_owned(), |old| graph.name(old).to_owned());
         let new = graph.add_const(bias, &format!("{base}.{pass}"));
         graph.exchange_operand(node, slot, Some(new));

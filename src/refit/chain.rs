@@ -38,6 +38,7 @@ impl Chain {
             let read = graph.operand(nodes[0], 0)?;
             graph.sole_use(read)?;
             Linear::of(graph, read.node)?;
+            graph.operand(read.node, 2).is_none().then_some(())?;
             nodes.insert(0, read.node);
         }
         let is_alike = nodes.iter().zip(&layouts).all(|(&node, layout)| {

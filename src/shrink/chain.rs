@@ -44,7 +44,10 @@ pub(super) fn links(
     let (mut links, mut unbroken) = (Vec::new(), job.max_flips.is_some());
     let target = |share: u32| (job, f64::from(share) / 100.0);
     // What each pass is worth is measured once, half way down.
-    let known = land(stage, target(SHARES[SHARES.len() / 2]), before, None, cx, progress).ok();
+    let known = match land(stage, target(SHARES[SHARES.len() / 2]), before, None, cx, progress) {
+        Err(ShrinkError::OutOfReach { .. }) => None,
+        known => Some(known?),
+    };
     for share in SHARES {
         let landing = match land(stage, target(share), before, known.as_ref(), cx, progress) {
             Err(ShrinkError::OutOfReach { .. }) => break,

@@ -3,7 +3,7 @@
 use super::{Job, ShrinkError, stage::Stage};
 use crate::{
     analysis::cost::Cost,
-    pass::{Context, Price},
+    pass::{Context, Fidelity, Price},
 };
 
 /// The search stops when the cost is at most this much below what is asked for.
@@ -12,26 +12,39 @@ const NEAR: f64 = 0.005;
 const POWERS: (f64, f64) = (-24.0, 6.0);
 /// Halvings of that range, after which a price is known to a hundredth.
 const HALVINGS: usize = 14;
+/// Predictions are corrected by this factor at most: where a pass alone does almost nothing, what is measured says little.
+const TRUSTED: f64 = 8.0;
 /// More steps than any model has channels.
 const MAX_STEPS: usize = 1 << 20;
 
 /// Prices of the items of a stage that make a result of a given cost.
 pub(super) struct Landing {
     price: Price,
+    shares: Shares,
+}
+
+/// How the items of a stage share a price.
+#[derive(Clone)]
+struct Shares {
     /// Measured over predicted error, squared, of each item alone.
     factors: Vec<f64>,
+    /// The item that saves what is to be saved on top.
+    last: Option<usize>,
 }
 
 impl Landing {
     /// What item `i` may do.
     pub(super) fn price(&self, i: usize) -> Price {
-        of_item(self.price, &self.factors, i)
+        self.shares.of_item(self.price, i)
     }
 }
 
-/// A price in measured error, as item `i` predicts errors.
-fn of_item(price: Price, factors: &[f64], i: usize) -> Price {
-    Price { per_byte: price.per_byte / factors[i], ..price }
+impl Shares {
+    /// A price in measured error, as item `i` predicts errors.
+    fn of_item(&self, price: Price, i: usize) -> Price {
+        let spare = if self.last == Some(i) { price.spare } else { 0.0 };
+        Price { per_byte: price.per_byte / self.factors[i], spare, ..price }
+    }
 }
 
 /// The prices at which so large a share of the cost `before` is left, or a little less. Where several items are free, their
@@ -46,14 +59,17 @@ pub(super) fn land(
     progress: &mut dyn FnMut(&str),
 ) -> Result<Landing, ShrinkError> {
     let free: Vec<_> = (0..stage.items.len()).filter(|&i| stage.items[i].is_free()).collect();
-    let mut factors = known.map_or_else(|| vec![1.0; stage.items.len()], |known| known.factors.clone());
-    let mut found = price(stage, job, target, before, &factors, cx, progress)?;
-    if let (true, None, Some(judge)) = (free.len() > 1, known, &stage.judge) {
+    let fresh = || Shares { factors: vec![1.0; stage.items.len()], last: free.last().copied() };
+    let mut shares = known.map_or_else(fresh, |known| known.shares.clone());
+    let mut found = price(stage, job, target, before, &shares, cx, progress)?;
+    // What is fixed adds an error of its own to each of them, so then their predictions stay as they are.
+    let is_alone = (0..stage.items.len()).all(|i| free.contains(&i) || stage.items[i].fidelity() != Fidelity::Lossy);
+    if let (true, None, Some(judge)) = (free.len() > 1 && is_alone, known, &stage.judge) {
         progress("measuring each pass alone");
-        let same = factors.clone();
+        let same = shares.clone();
         for &i in &free {
             let is_run = |j: usize| j == i || !free.contains(&j);
-            let own = |j: usize| is_run(j).then(|| of_item(found, &same, j));
+            let own = |j: usize| is_run(j).then(|| same.of_item(found, j));
             let result = stage.run(cx, &own, Some(judge), progress)?;
             let predicted: f64 = result.outcomes.iter().map(|outcome| outcome.predicted).sum();
             let measured = match result.judged {
@@ -61,12 +77,12 @@ pub(super) fn land(
                 None => judge.compare(&result.model)?.error,
             };
             if predicted > 0.0 && measured > 0.0 && measured.is_finite() {
-                factors[i] = measured * measured / predicted;
+                shares.factors[i] = (measured * measured / predicted).clamp(TRUSTED.recip(), TRUSTED);
             }
         }
-        found = price(stage, job, target, before, &factors, cx, progress)?;
+        found = price(stage, job, target, before, &shares, cx, progress)?;
     }
-    Ok(Landing { price: found, factors })
+    Ok(Landing { price: found, shares })
 }
 
 /// The price, in measured error, at which so large a share of the cost `before` is left, or a little less; nothing is measured on
@@ -76,7 +92,7 @@ fn price(
     job: &Job,
     target: f64,
     before: &Cost,
-    factors: &[f64],
+    shares: &Shares,
     cx: &mut Context,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Price, ShrinkError> {
@@ -84,7 +100,7 @@ fn price(
     let bound = cx.bound.clone();
     let mut share = |price: Price, progress: &mut dyn FnMut(&str)| {
         progress("looking for the target");
-        let result = stage.run(cx, &|i| Some(of_item(price, factors, i)), None, progress)?;
+        let result = stage.run(cx, &|i| Some(shares.of_item(price, i)), None, progress)?;
         Ok::<_, ShrinkError>(job.minimize.of_model(&result.model, &bound) / whole.max(1.0))
     };
     let at = |power: f64| Price::per_byte(libm::pow(10.0, power));
@@ -93,14 +109,18 @@ fn price(
     if least > target {
         return Err(ShrinkError::OutOfReach { target, least });
     }
-    let near = target * (1.0 - NEAR);
+    let (near, mut above) = (target * (1.0 - NEAR), 1.0);
     for _ in 0..HALVINGS {
         let middle = f64::midpoint(low, high);
         let found = share(at(middle), progress)?;
         if (near..=target).contains(&found) {
             return Ok(at(middle));
         }
-        *(if found > target { &mut low } else { &mut high }) = middle;
+        if found > target {
+            (low, above) = (middle, found);
+        } else {
+            high = middle;
+        }
     }
     // Where many steps are worth the same price, so many are taken that the next would go beyond the target, and the rest is
     // saved by smaller ones.
@@ -117,7 +137,18 @@ fn price(
             many = middle;
         }
     }
-    let filled = Price { steps: few, spare: over * whole, ..at(high) };
-    let beyond = Price { steps: many, ..at(high) };
-    Ok(if share(filled, progress)? <= target { filled } else { beyond })
+    // What is missing may also be saved on top of all that a lower price allows.
+    let ways = [
+        Price { steps: few, spare: over * whole, ..at(high) },
+        Price { spare: (above - target) * whole, ..at(low) },
+        Price { steps: many, ..at(high) },
+    ];
+    let mut best = (0.0, ways[2]);
+    for way in ways {
+        let found = share(way, progress)?;
+        if found <= target && found > best.0 {
+            best = (found, way);
+        }
+    }
+    Ok(best.1)
 }

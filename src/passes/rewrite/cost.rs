@@ -68,7 +68,14 @@ impl Places {
         let made = shapes.known(node.out())?;
         let axes = site.shape.kernel.len();
         let (count, extents) = if axes == 0 {
-            let rows: usize = read.iter().product::<usize>() / (site.shape.reads * site.shape.groups).max(1);
+            // Rows of x·M, or columns of M·x: for each, all elements of M are multiplied once.
+            let recurrent = matches!(site.readers, Readers::Linear(_));
+            let axis = if slot == 0 { made.len().checked_sub(1)? } else { made.len().checked_sub(2)? };
+            let rows = if recurrent {
+                read.iter().rev().skip(1).product::<usize>()
+            } else {
+                made.iter().product::<usize>() / (made[axis] * site.shape.groups).max(1)
+            };
             (rows as f64, Vec::new())
         } else {
             let extent = |axis: usize| Some((*read.get(axis + 2)? as f64, *made.get(axis + 2)? as f64));

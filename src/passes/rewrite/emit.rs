@@ -18,6 +18,8 @@ pub(in crate::passes) struct Replacement {
     pub(in crate::passes) stages: Vec<Vec<f64>>,
     /// What it lacks of the mean of what is made, for each row of W of all groups, where that is known.
     pub(in crate::passes) lost: Option<Vec<f64>>,
+    /// The error that it makes of the layer, relative and squared.
+    pub(in crate::passes) error: f64,
 }
 
 impl Site {
@@ -31,6 +33,7 @@ impl Site {
     ) -> Option<()> {
         let stored = self.stored(graph)?.clone();
         let layouts = form.layouts(&self.shape);
+        let shares: Vec<_> = self.linear().iter().map(|linear| self.share(graph, linear)).collect();
         match &self.readers {
             Readers::Dense(layers) => {
                 let [inner, outer] = &chain.stages[..] else { return None };
@@ -61,11 +64,18 @@ impl Site {
             }
         }
         if let Some(lost) = &chain.lost {
-            for linear in self.linear() {
-                add_to_bias(graph, linear, lost, pass)?;
+            for (linear, share) in self.linear().iter().zip(shares) {
+                add_to_bias(graph, linear, (lost, share), pass)?;
             }
         }
         Some(())
+    }
+
+    /// How much of what rows of W make reaches each result, on average: less than all where they spread over places.
+    fn share(&self, graph: &Graph, linear: &Linear) -> f64 {
+        let strides = graph.op(linear.node).and_then(|op| op.ints("strides"));
+        let places = strides.map_or(1, |strides| strides.iter().product::<i64>().max(1));
+        if self.shape.spreads { (places as f64).recip() } else { 1.0 }
     }
 
     /// The constants left and right whose product stands in place of a constant, in its own order.
@@ -86,10 +96,8 @@ impl Site {
     }
 }
 
-/// Adds `lost`, a value for each row of W, to the bias of a layer: of rows that spread over places, what reaches one on average.
-fn add_to_bias(graph: &mut Graph, linear: &Linear, lost: &[f64], pass: &str) -> Option<()> {
-    let strides = graph.op(linear.node)?.ints("strides").map_or(1, |strides| strides.iter().product::<i64>().max(1));
-    let share = if linear.spread > 1 { (strides as f64).recip() } else { 1.0 };
+/// Adds `lost`, a value for each row of W of which a share reaches each result, to the bias of a layer.
+fn add_to_bias(graph: &mut Graph, linear: &Linear, (lost, share): (&[f64], f64), pass: &str) -> Option<()> {
     let bias = Bias::of(graph, linear);
     let mut values = bias.values(graph, linear)?;
     for (value, lost) in values.iter_mut().zip(lost.chunks(linear.spread)) {
@@ -117,7 +125,7 @@ fn mix_before(graph: &mut Graph, linear: &Linear, weights: &[Outlet], pass: &str
     let [mixing, weight] = *weights else { return None };
     let (name, node_name) = names(graph, linear, pass);
     let op = Op::new("MatMul").named(&node_name);
-    let mixed = graph.add_op(op, &[Some(linear.input), Some(mixing)], &[&name], linear.node).out();
+    let mixed = graph.add_op(op, &[graph.operand(linear.node, 0), Some(mixing)], &[&name], linear.node).out();
     graph.set_operand(linear.node, 0, Some(mixed));
     graph.exchange_operand(linear.node, linear.slot(), Some(weight));
     Some(())

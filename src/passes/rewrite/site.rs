@@ -25,6 +25,7 @@ pub(in crate::passes) struct Site {
     pub(in crate::passes) shape: Shape,
     /// The layers as y = W·x, if all of them are of one form.
     views: Option<Vec<Linear>>,
+    stacked: bool,
     /// What the layers read, if that is known.
     pub(super) known: Option<Known>,
     /// A hash of the weight and of what is known of what it multiplies.
@@ -114,8 +115,9 @@ fn readers(graph: &Graph, weight: Outlet) -> Option<Readers> {
     };
     let layers = graph.uses(weight).into_iter().map(of_use).collect::<Option<Vec<_>>>()?;
     let first = layers.first()?;
-    let is_alike =
-        |linear: &Linear| (linear.groups, linear.rows, linear.taps) == (first.groups, first.rows, first.taps);
+    let kind = |linear: &Linear| graph.op(linear.node).map(|op| op.op_type().to_owned());
+    let form = |linear: &Linear| (kind(linear), linear.groups, linear.rows, linear.taps, linear.spread);
+    let is_alike = |linear: &Linear| form(linear) == form(first);
     (!graph.is_output(weight) && layers.iter().all(is_alike)).then_some(Readers::Linear(layers))
 }
 
@@ -161,17 +163,34 @@ impl Site {
         let known = linear.clone().filter(|_| outermost).and_then(|layers| Known::of(graph, layers, statistics));
         let mut hasher = Xxh3::new();
         hasher.update(&tensor.hash().to_le_bytes());
-        hasher.update(format!("{shape:?}").as_bytes());
+        let axis = linear.as_ref().map(|layers| layers[0].output_axis());
+        let takes_bias = known.as_ref().map(|known| known.takes_bias);
+        hasher.update(format!("{shape:?} {axis:?} {takes_bias:?}").as_bytes());
         for layer in known.iter().flat_map(|known| &known.layers) {
             hasher.update(layer.source(graph).as_bytes());
             hasher.update(format!("{:?}", statistics.kept.channels_of(graph.name(layer.input))).as_bytes());
         }
         let name = graph.name(weight).to_owned();
-        Ok(Self { name, weight, readers, shape, views: linear, known, key: hasher.digest() })
+        let stacked = tensor.dims().len() > 2;
+        Ok(Self { name, weight, readers, shape, views: linear, stacked, known, key: hasher.digest() })
+    }
+
+    /// Whether the weight is a stack of matrices, by which a vector can't be multiplied twice.
+    pub(in crate::passes) fn is_stack(&self) -> bool {
+        matches!(self.readers, Readers::Dense(_)) && self.stacked
+    }
+
+    /// The values that the layers multiply.
+    pub(super) fn operands<'g>(&'g self, graph: &'g Graph) -> impl Iterator<Item = Outlet> + 'g {
+        let slot = |node: NodeId| match &self.readers {
+            Readers::Dense(layers) => layers.iter().find(|layer| layer.node == node).map_or(0, |layer| 1 - layer.slot),
+            Readers::Linear(_) => 0,
+        };
+        self.nodes().filter_map(move |node| graph.operand(node, slot(node)))
     }
 
     /// The nodes of the layers.
-    pub(super) fn nodes(&self) -> impl Iterator<Item = NodeId> {
+    pub(in crate::passes) fn nodes(&self) -> impl Iterator<Item = NodeId> {
         self.readers.nodes().into_iter()
     }
 
