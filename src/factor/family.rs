@@ -88,7 +88,7 @@ impl Family {
         let of_group = |(matrix, metric): (&DMatrix<f64>, &Metric)| {
             let told = |features: Features| {
                 let told = Told::of(&features, matrix, metric)?;
-                Some((features, told))
+                Some(Group::Told(features, told))
             };
             Some(match self {
                 Self::After if shape.spreads => {
@@ -96,23 +96,15 @@ impl Family {
                 }
                 Self::Before if shape.spreads => Group::Spectrum(spectrum(matrix, metric, rank)?),
                 Self::After => Group::Spectrum(spectrum(matrix, metric, rank)?),
-                Self::Before => {
-                    let (features, told) = told(before(matrix, metric, shape)?)?;
-                    Group::Told(features, told)
-                }
+                Self::Before => told(before(matrix, metric, shape)?)?,
                 Self::Both => {
-                    let (features, told) = told(before(matrix, metric, shape)?)?;
+                    let features = before(matrix, metric, shape)?;
+                    let told = Told::of(&features, matrix, metric)?;
                     let turn = spectrum(matrix, metric, None)?.basis;
                     Group::Turned(features, told, turn)
                 }
-                Self::Spatial { first } => {
-                    let (features, told) = told(spatial(matrix, metric, shape, first)?)?;
-                    Group::Told(features, told)
-                }
-                Self::Separate => {
-                    let (features, told) = told(separate(matrix, metric, shape)?)?;
-                    Group::Told(features, told)
-                }
+                Self::Spatial { first } => told(spatial(matrix, metric, shape, first)?)?,
+                Self::Separate => told(separate(matrix, metric, shape)?)?,
                 Self::Mixed => {
                     let rows: Vec<_> = (0..matrix.nrows()).collect();
                     let each = |&row: &usize| {
@@ -204,14 +196,14 @@ impl Prepared {
     /// The chain of this form that is closest to `target`, which all this was found out about; `None` where there is none.
     #[must_use]
     pub fn fit(&self, target: &Target, form: Form) -> Option<Fitted> {
-        let mut stages: Vec<Vec<f64>> = vec![Vec::new(); form.layouts(&target.shape).len()];
+        let layouts = form.layouts(&target.shape);
+        let mut stages: Vec<Vec<f64>> = vec![Vec::new(); layouts.len()];
         let mut whole = Vec::new();
         for (group, matrix) in self.groups.iter().zip(&target.matrices) {
             let (weights, made) = group.fit(matrix, &target.shape, form)?;
             stages.iter_mut().zip(weights).for_each(|(stage, own)| stage.extend(own));
             whole.push(made);
         }
-        let layouts = form.layouts(&target.shape);
         let fits = stages.iter().zip(&layouts).all(|(stage, layout)| stage.len() == layout.elements());
         let is_finite = stages.iter().flatten().all(|value| value.is_finite());
         (fits && is_finite).then_some(Fitted { stages, whole })

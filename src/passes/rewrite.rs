@@ -160,7 +160,9 @@ impl Rewrite<'_> {
             }
         }
         let questions: Vec<_> = fitting.iter().flat_map(|site| self.families.iter().map(move |&f| (site, f))).collect();
-        let key = |&(site, family): &(&Site, Family)| self.key_of(site, &format!("{family:?}"));
+        let key = |&(site, family): &(&Site, Family)| {
+            xxh3_64(format!("{} {:?} {family:?}", site.key, self.strength).as_bytes())
+        };
         let curves = cx.remember_all(&questions, key, |&(site, family)| {
             site.target(graph, &statistics).map_or_else(Vec::new, |target| self.curve(&target, family))
         });
@@ -186,10 +188,6 @@ impl Rewrite<'_> {
             cx.decline(&name, "the shape of what it multiplies is not known");
         }
         all
-    }
-
-    fn key_of(&self, site: &Site, what: &str) -> u64 {
-        xxh3_64(format!("{} {:?} {what}", site.key, self.strength).as_bytes())
     }
 
     /// The chains of a family that may stand in place of a layer, with their errors; of a given rank, which is chosen whatever
