@@ -1,14 +1,18 @@
 //! What a linear layer may be replaced by: a chain of layers that cost less together, closest to what it makes of what it
 //! reads. All errors are in the metric of E‖Δy‖² = tr(ΔW·C·ΔWᵀ), C the covariance of what is read.
 
+mod blocks;
 mod evbmf;
 mod family;
 mod features;
 mod form;
+mod group;
+mod kronecker;
 
 use nalgebra::DMatrix;
 
 pub use self::{
+    blocks::{Orders, cocluster, components},
     evbmf::evbmf_rank,
     family::{Family, Prepared},
     form::{Form, Layout},
@@ -134,8 +138,10 @@ impl Metric {
 pub struct Fitted {
     /// The weight of each layer of the chain, laid out as its [`Layout`] says.
     pub stages: Vec<Vec<f64>>,
-    /// What they make together, W̃ of each group.
+    /// What they make together, W̃ of each group, with channels in the order of W.
     pub whole: Vec<DMatrix<f64>>,
+    /// Of a layer in groups, the order in which the channels of all groups stand in it.
+    pub orders: Option<Orders>,
 }
 
 impl Target {

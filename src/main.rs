@@ -329,7 +329,7 @@ fn table(report: &Report, verbose: bool) -> String {
         let _ = writeln!(text, "\n{:<26} {:>14}  what it did", "pass", "bytes");
     }
     let is_idle = |outcome: &&Outcome| {
-        outcome.fidelity != Fidelity::Lossy && outcome.bytes_removed == 0 && outcome.tally.is_empty() && !verbose
+        outcome.fidelity != Fidelity::Lossy && outcome.bytes_removed == 0 && !outcome.did_something() && !verbose
     };
     for outcome in report.passes.iter().filter(|outcome| !is_idle(outcome)) {
         let _ = writeln!(text, "{outcome}");

@@ -5,6 +5,7 @@ mod dead_channels;
 mod dead_nodes;
 mod dedupe;
 mod depth;
+mod exact_groups;
 mod exact_rank;
 mod factor;
 mod fold_constants;
@@ -16,11 +17,14 @@ mod fuse_layer_norm;
 mod fuse_matmul_add;
 mod fuse_movement;
 mod fuse_pad;
+mod group;
 mod identity;
+mod kron;
 mod layer;
 mod layout;
 mod merge_linear;
 mod prune;
+mod reorder;
 mod rewrite;
 mod separate;
 mod share_constants;
@@ -53,12 +57,15 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<fuse_pad::FusePad>(),
     PassInfo::of::<merge_linear::MergeLinear>(),
     PassInfo::of::<dead_channels::DeadChannels>(),
+    PassInfo::of::<exact_groups::ExactGroups>(),
     PassInfo::of::<exact_rank::ExactRank>(),
     PassInfo::of::<share_constants::ShareConstants>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<spatial::Spatial>(),
     PassInfo::of::<tucker::Tucker>(),
     PassInfo::of::<separate::Separate>(),
+    PassInfo::of::<group::Group>(),
+    PassInfo::of::<kron::Kron>(),
     PassInfo::of::<factor::Factor>(),
     PassInfo::of::<prune::Prune>(),
     PassInfo::of::<depth::Depth>(),

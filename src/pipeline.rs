@@ -260,6 +260,12 @@ fn simplify(
 }
 
 impl Outcome {
+    /// Whether anything was done that is counted.
+    #[must_use]
+    pub fn did_something(&self) -> bool {
+        self.tally.values().any(|&n| n > 0)
+    }
+
     fn absorb(&mut self, other: Self) {
         self.bytes_removed += other.bytes_removed;
         for (what, n) in other.tally {
@@ -272,11 +278,12 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let did: Vec<_> = self.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
-        let did = match (did.is_empty(), self.fidelity) {
-            (true, Fidelity::Lossy) => "nothing that is worth its error".to_owned(),
-            (true, _) => "nothing to do".to_owned(),
-            (false, _) => did.join(", "),
+        let nothing = match (self.did_something(), self.fidelity) {
+            (true, _) => None,
+            (false, Fidelity::Lossy) => Some("nothing that is worth its error".to_owned()),
+            (false, _) => Some("nothing to do".to_owned()),
         };
+        let did = nothing.into_iter().chain(did).collect::<Vec<_>>().join(", ");
         write!(f, "{:<26} {:>+14}  {did}", self.pass, -self.bytes_removed)?;
         if self.predicted > 0.0 { write!(f, ", predicted error {:.2e}", self.predicted.sqrt()) } else { Ok(()) }
     }

@@ -44,6 +44,16 @@ pub struct Kept {
     left: Left,
     mixed: BTreeMap<String, Mixed>,
     factored: BTreeMap<String, Factored>,
+    moved: BTreeMap<String, Moved>,
+}
+
+/// That a value holds what a layer makes in the original.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    /// The value of the original.
+    pub original: String,
+    /// The layer as it was.
+    pub linear: Linear,
 }
 
 /// That a chain of layers makes a value in place of one.
@@ -102,6 +112,23 @@ impl Kept {
         self.factored.insert(name, factored);
     }
 
+    /// Notes that the value `name` holds, along axis 1, the channels that another held, in this order.
+    pub fn reorder(&mut self, name: String, moved: Moved, order: &[usize]) {
+        let before = self.left.get(&moved.original).and_then(|axes| axes.values().next());
+        let left = order.iter().map(|&channel| before.map_or(channel, |before| before[channel])).collect();
+        if let Some(mixed) = self.mixed.get(&moved.original) {
+            let matrix = mixed.matrix.select_rows(order);
+            self.mixed.insert(name.clone(), Mixed { axis: 1, left: mixed.left.clone(), matrix });
+        }
+        self.left.insert(name.clone(), BTreeMap::from([(1, left)]));
+        self.moved.insert(name, moved);
+    }
+
+    /// The name of the value of the original that the value `name` stands for.
+    fn original<'a>(&'a self, name: &'a str) -> &'a str {
+        self.moved.get(name).map_or(name, |moved| &moved.original)
+    }
+
     /// The channels of the value `name` along `axis` that are left, where some are not.
     #[must_use]
     pub fn left(&self, name: &str, axis: usize) -> Option<&[usize]> {
@@ -156,6 +183,8 @@ struct Target {
     result: Outlet,
     /// The value whose original the layer approximates: its result, or the sum that it goes into.
     value: Outlet,
+    /// The name of that original, and the layer as whose result it holds its channels.
+    original: (String, Linear),
     /// The other summand, if the layer is fitted to a sum.
     partner: Option<Outlet>,
     /// Above what the value is cut off where it is cut off below 0, if it is: infinity for a plain rectifier.
@@ -201,7 +230,7 @@ impl Originals {
         let open: Vec<_> = targets.iter().zip(&keys).filter(|(_, key)| !found.contains_key(*key)).collect();
         if let (Some(first), false) = (samples.0.first(), open.is_empty()) {
             let known = original.graph.values();
-            let wanted: Vec<Outlet> = open.iter().map(|(_, (_, value))| known[value.as_str()]).collect();
+            let wanted: Vec<Outlet> = open.iter().map(|(target, _)| known[target.original.0.as_str()]).collect();
             let mut unique = wanted.clone();
             unique.sort_unstable();
             unique.dedup();
@@ -210,8 +239,9 @@ impl Originals {
                 let values = probe.run(sample)?;
                 let rows = |((target, (result, _)), value): (&(&Target, &(String, String)), &Outlet)| {
                     let value = &values[unique.binary_search(value).unwrap_or_default()];
-                    let at = moments::positions(target.linear.positions_of(value), result, *key);
-                    (target.linear.channel_axis(value.dims.len()), target.linear.results(value, &at).map(|v| v as f32))
+                    let layer = &target.original.1;
+                    let at = moments::positions(layer.positions_of(value), result, *key);
+                    (target.linear.channel_axis(value.dims.len()), layer.results(value, &at).map(|v| v as f32))
                 };
                 Ok(open.iter().zip(&wanted).map(rows).collect::<Vec<_>>())
             };
@@ -290,30 +320,33 @@ fn targets(original: &Model, model: &Model, kept: &Kept, is_fitted: &dyn Fn(&Lin
         let mut reads = graph.operands(id).into_iter().flatten().chain(graph.captures(id).into_values());
         let reads_other = reads.any(|value| touched.contains(&value) || kept.touches(graph.name(value)))
             || reads_elsewhere(&original.graph, graph, id, &known);
+        let chain = Chain::of(graph, id, kept);
         let linear = Linear::of(graph, id);
         let is_other = linear.as_ref().is_some_and(|linear| !is_as_before(original, graph, linear, &known, kept));
+        let reads_other = reads_other || chain.is_some();
         if reads_other || is_other {
             touched.extend((0..graph.output_count(id)).map(|slot| id.at(slot)));
         }
-        let Some(linear) = linear.filter(|linear| reads_other && !linear.is_recurrent()) else { continue };
-        let chain = Chain::of(graph, &linear, kept).filter(|chain| is_fitted(&chain.whole));
-        let nodes = chain.as_ref().map_or(std::slice::from_ref(&id), |chain| &chain.nodes[..]);
-        if nodes.iter().any(|&node| Linear::of(graph, node).is_none_or(|part| graph.uses(part.weight).len() != 1)) {
-            continue;
-        }
-        let linear = chain.as_ref().map_or(linear, |chain| chain.whole.clone());
+        let chain = chain.filter(|chain| is_fitted(&chain.whole));
+        let alone = || linear.filter(|linear| !linear.is_recurrent() && graph.uses(linear.weight).len() == 1);
+        let linear = chain.as_ref().map(|chain| chain.whole.clone()).or_else(alone);
+        let Some(linear) = linear.filter(|_| reads_other) else { continue };
         let result = Bias::of(graph, &linear).result(&linear);
         let fit = if is_fitted(&linear) { Fit::Weights } else { Fit::Statistics };
-        let sum = partner(graph, &linear, result, &order).filter(|(sum, _)| known.contains_key(graph.name(*sum)));
+        let is_known = |value: Outlet| known.contains_key(kept.original(graph.name(value)));
+        let sum = partner(graph, &linear, result, &order).filter(|(sum, _)| is_known(*sum));
         let sum = sum.filter(|_| fit == Fit::Weights);
         let (value, partner) = sum.map_or((result, None), |(sum, partner)| (sum, Some(partner)));
         let next = match fit {
-            Fit::Weights => Some(chain.as_ref().map_or(id, |chain| chain.nodes[0])),
+            Fit::Weights => Some(chain.as_ref().map_or(id, |chain| chain.first)),
             Fit::Statistics => graph.uses(result).into_iter().map(|(node, _)| node).min_by_key(|node| order.get(node)),
         };
-        if let (Some(next), true) = (next, known.contains_key(graph.name(value))) {
-            let rectified = rectified(graph, value);
-            targets.push(Target { fit, linear, chain, next, result, value, partner, rectified, rows: Vec::new() });
+        if let (Some(next), true) = (next, is_known(value)) {
+            let (rectified, name) = (rectified(graph, value), graph.name(value));
+            let layer = kept.moved.get(name).map_or_else(|| linear.clone(), |moved| moved.linear.clone());
+            let original = (kept.original(name).to_owned(), layer);
+            let rows = Vec::new();
+            targets.push(Target { fit, linear, chain, next, result, value, original, partner, rectified, rows });
         }
     }
     targets.sort_by_key(|target| order.get(&target.next));
@@ -419,7 +452,7 @@ impl Rows {
 
 /// Fits one layer to its target; `None`, and nothing done, where that does not work out.
 fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<()> {
-    let linear = &target.linear;
+    let (linear, mut fitted) = (&target.linear, graph.clone());
     let bias = Bias::of(graph, linear);
     let old = match &target.chain {
         Some(chain) => chain.matrices(graph)?,
@@ -434,8 +467,8 @@ fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Opt
             let (wanted, partner) = rows.of_group(group, linear.rows);
             fit_group(x, old, &wanted, partner.as_ref(), target.rectified)
         };
-        let fitted: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
-        let (matrices, biases): (Vec<_>, Vec<_>) = fitted.into_iter().unzip();
+        let solved: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
+        let (matrices, biases): (Vec<_>, Vec<_>) = solved.into_iter().unzip();
         (Vec::new(), matrices, biases)
     };
     let values: Vec<f64> = biases.iter().flat_map(|bias| bias.iter().copied()).collect();
@@ -443,11 +476,14 @@ fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Opt
     if norm(&matrices) > MAX_GROWTH * norm(&old) || !values.iter().all(|v| v.is_finite()) {
         return None;
     }
+    // The bias is stored as the weight is, which goes when another is set.
+    bias.set(&mut fitted, linear, &values, NAME)?;
     match &target.chain {
-        Some(chain) => chain.set(graph, &stages)?,
-        None => set_matrices(graph, linear, &matrices, NAME)?,
+        Some(chain) => chain.set(&mut fitted, &stages)?,
+        None => set_matrices(&mut fitted, linear, &matrices, NAME)?,
     }
-    bias.set(graph, linear, &values, NAME)
+    *graph = fitted;
+    Some(())
 }
 
 /// The matrix and bias of one group that make what is wanted of x (d×n), less what `partner` adds to it, before a rectifier

@@ -107,6 +107,8 @@ pub struct Channels {
     fixed: BTreeSet<(NodeId, u32, usize)>,
     /// What else spells counts of channels.
     pub counts: Vec<Count>,
+    /// `Gather`s that may take channels from wherever they are.
+    apart: BTreeSet<NodeId>,
 }
 
 /// Longer axes are no channels.
@@ -120,7 +122,14 @@ impl Channels {
     /// Finds the classes of `graph` at known `shapes`.
     #[must_use]
     pub fn of(graph: &Graph, shapes: &Shapes) -> Self {
-        let mut channels = Self::default();
+        Self::apart(graph, shapes, &BTreeSet::new())
+    }
+
+    /// The same where the channels before and after each of `gathers`, `Gather`s of constant indices, are not one class: whoever moves
+    /// them changes the indices.
+    #[must_use]
+    pub fn apart(graph: &Graph, shapes: &Shapes, gathers: &BTreeSet<NodeId>) -> Self {
+        let mut channels = Self { apart: gathers.clone(), ..Self::default() };
         for id in graph.order() {
             for value in (0..graph.output_count(id)).map(|slot| id.at(slot)) {
                 let dims = shapes.known(value).unwrap_or_default();

@@ -33,6 +33,22 @@ pub enum Form {
         /// Kernels for each channel.
         multiplier: usize,
     },
+    /// One layer in groups, whose channels stand in the [orders](super::Orders) of a fit (Zhao and Luk 2018).
+    Grouped {
+        /// Groups of each group.
+        parts: usize,
+        /// Of what rank is a chain beside it, whose results are added: 0 where there is none.
+        bypass: usize,
+    },
+    /// Of a matrix: a sum of Kronecker products A⊗B, of which B is multiplied first (Van Loan and Pitsianis 1993).
+    Kronecker {
+        /// Rows of A.
+        rows: usize,
+        /// Columns of A.
+        columns: usize,
+        /// How many products.
+        terms: usize,
+    },
 }
 
 /// The weight of a layer of a chain.
@@ -45,6 +61,8 @@ pub struct Layout {
     pub groups: usize,
     /// Along which axes of the kernel it reaches, strides and pads.
     pub along: Vec<bool>,
+    /// How many vectors it multiplies for each that the whole layer does.
+    pub repeats: usize,
 }
 
 impl Layout {
@@ -57,7 +75,7 @@ impl Layout {
             [shape.groups * shape.makes, shape.reads]
         };
         let dims = channels.into_iter().chain(shape.kernel.iter().copied()).collect();
-        Self { dims, groups: shape.groups, along: vec![true; shape.kernel.len()] }
+        Self { dims, groups: shape.groups, along: vec![true; shape.kernel.len()], repeats: 1 }
     }
 
     /// Elements of the weight.
@@ -80,12 +98,15 @@ impl Layout {
         let at = |first_index: usize, second_index: usize| {
             values[((group * first + first_index) * second + second_index) * step + place]
         };
-        if shape.spreads && self.reaches() {
-            return DMatrix::from_fn(second, first, |made, read| at(read, made));
-        }
         // Groups within the group of the whole layer stand along the diagonal.
         let parts = self.groups / shape.groups;
         let rows = first / parts;
+        if shape.spreads && self.reaches() {
+            let element = |made: usize, read: usize| {
+                if read / rows == made / second { at(read, made % second) } else { 0.0 }
+            };
+            return DMatrix::from_fn(second * parts, first, element);
+        }
         let element = |made: usize, read: usize| {
             if made / rows == read / second { at(made, read % second) } else { 0.0 }
         };
@@ -110,6 +131,8 @@ impl Form {
             Self::Spatial { first, .. } => Family::Spatial { first },
             Self::Separate { .. } => Family::Separate,
             Self::Mixed { .. } => Family::Mixed,
+            Self::Grouped { bypass, .. } => Family::Grouped { bypass },
+            Self::Kronecker { .. } => Family::Kronecker,
         }
     }
 
@@ -121,6 +144,8 @@ impl Form {
             Self::Ranks { before, after } => before.or(after),
             Self::Spatial { rank, .. } => Some(rank),
             Self::Separate { multiplier } | Self::Mixed { multiplier } => Some(multiplier),
+            Self::Grouped { parts, .. } => Some(parts),
+            Self::Kronecker { terms, .. } => Some(terms),
         }
     }
 
@@ -130,7 +155,7 @@ impl Form {
         match self {
             Self::Ranks { before, after } => [before, after].into_iter().flatten().all(|r| r.is_multiple_of(multiple)),
             Self::Spatial { rank, .. } => rank.is_multiple_of(multiple),
-            Self::Separate { .. } | Self::Mixed { .. } => true,
+            Self::Separate { .. } | Self::Mixed { .. } | Self::Grouped { .. } | Self::Kronecker { .. } => true,
         }
     }
 
@@ -141,7 +166,7 @@ impl Form {
         let (groups, makes, reads, axes) = (*groups, *makes, *reads, kernel.len());
         let layout = |channels: [usize; 2], groups: usize, along: Vec<bool>| {
             let kernel = kernel.iter().zip(&along).map(|(&extent, &along)| if along { extent } else { 1 });
-            Layout { dims: channels.into_iter().chain(kernel).collect(), groups, along }
+            Layout { dims: channels.into_iter().chain(kernel).collect(), groups, along, repeats: 1 }
         };
         let (nowhere, everywhere) = (vec![false; axes], vec![true; axes]);
         match self {
@@ -173,17 +198,40 @@ impl Form {
                 layout([groups * makes * multiplier, reads], groups, nowhere),
                 layout([groups * makes, multiplier], groups * makes, everywhere),
             ],
+            Self::Grouped { parts, bypass } => {
+                let channels =
+                    if shape.spreads { [groups * reads, makes / parts] } else { [groups * makes, reads / parts] };
+                let beside = Self::Ranks { before: None, after: Some(bypass) };
+                let beside = if bypass > 0 { beside.layouts(shape) } else { Vec::new() };
+                [vec![layout(channels, groups * parts, everywhere)], beside].concat()
+            }
+            Self::Kronecker { rows, columns, terms } => {
+                let (height, width) = (makes / rows, reads / columns);
+                let right = Layout { repeats: columns, ..layout([height, width], 1, Vec::new()) };
+                let left = Layout { repeats: height, ..layout([rows, columns], 1, Vec::new()) };
+                vec![[right, left]; terms].concat()
+            }
         }
     }
 
-    /// What a chain with the weights `stages` makes of what it reads: W̃ of each group, o×d.
+    /// What a chain with the weights `stages` makes of what it reads: W̃ of each group, o×d; of one in groups, with channels as
+    /// they stand in it, and without what is beside it.
     #[must_use]
     pub fn compose(self, shape: &Shape, stages: &[Vec<f64>]) -> Vec<DMatrix<f64>> {
         let layouts = self.layouts(shape);
+        if let Self::Kronecker { .. } = self {
+            let matrix = |i: usize| DMatrix::from_row_slice(layouts[i].dims[0], layouts[i].dims[1], &stages[i]);
+            let terms = (0..stages.len()).step_by(2).map(|i| matrix(i + 1).kronecker(&matrix(i)));
+            return terms.reduce(|sum, term| sum + term).into_iter().collect();
+        }
         let taps = shape.taps();
+        let count = if let Self::Grouped { .. } = self { 1 } else { layouts.len() };
         let of_group = |group: usize| {
             let of_place = |tap: usize| {
-                let parts = layouts.iter().zip(stages).map(|(layout, values)| layout.matrix(values, shape, group, tap));
+                let parts = layouts[..count]
+                    .iter()
+                    .zip(stages)
+                    .map(|(layout, values)| layout.matrix(values, shape, group, tap));
                 parts.reduce(|made, part| product(&part, &made)).unwrap_or_default()
             };
             let places: Vec<_> = (0..taps).map(of_place).collect();

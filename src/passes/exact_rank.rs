@@ -166,7 +166,7 @@ fn of_family(target: &Target, family: Family) -> Option<(Form, Replacement)> {
         (1..limit).find(|&rank| spectrum.tail(rank) <= NOISE * spectrum.total)
     };
     let rank = matrices.iter().map(rank).collect::<Option<Vec<_>>>()?.into_iter().max()?;
-    let form = family.member(rank);
+    let form = family.member(shape, rank);
     if form.elements(shape) * 2 > shape.elements() {
         return None;
     }
@@ -180,7 +180,10 @@ fn of_family(target: &Target, family: Family) -> Option<(Form, Replacement)> {
         let columns = made.column_iter().zip(matrix.column_iter()).map(|(made, own)| ((made - own).norm(), own.norm()));
         rows.chain(columns).all(|(lost, whole)| lost <= CLOSE * whole + least)
     };
-    made.iter().zip(matrices).all(is_close).then_some((form, Replacement { stages, lost: None, error: 0.0 }))
+    made.iter()
+        .zip(matrices)
+        .all(is_close)
+        .then_some((form, Replacement { stages, lost: None, orders: None, error: 0.0 }))
 }
 
 /// W with the side that a family factors as its rows.

@@ -7,7 +7,7 @@ use crate::{
     pass::{Context, Declare, Fidelity, Pass},
 };
 
-/// Split each layer in the way that costs least for its error: as `svd`, `spatial`, `tucker` or `separate` would.
+/// Split each layer in the way that costs least for its error: as `svd`, `spatial`, `tucker`, `separate`, `group` or `kron` would.
 ///
 /// Every way to split a layer is priced by what it saves and by the error that it makes, weighed by how much the model minds an
 /// error of that layer; of all points on the lower convex hull, each layer gets the one that the budget allows.
@@ -38,6 +38,8 @@ const FAMILIES: &[Family] = &[
     Family::Spatial { first: 2 },
     Family::Separate,
     Family::Mixed,
+    Family::Grouped { bypass: 0 },
+    Family::Kronecker,
 ];
 
 impl Pass for Factor {

@@ -4,12 +4,14 @@ mod allocate;
 mod cost;
 mod dense;
 mod emit;
+mod regroup;
 mod site;
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use self::regroup::Regrouped;
 use self::{
     allocate::{Candidate, allocate},
     cost::Costs,
@@ -19,13 +21,14 @@ pub(super) use self::{
     emit::Replacement,
     site::{Site, Statistics},
 };
+use super::reorder::settle;
 use crate::{
     analysis::shapes::Shapes,
     factor::{Family, Form, Shape, Target, evbmf_rank},
-    ir::Graph,
+    ir::{Graph, NodeId},
     linalg::Spectrum,
     pass::{Context, Yardstick, open_to_loss},
-    refit::Factored,
+    refit::{Factored, Moved},
 };
 
 /// How strong the chains are that stand in place of layers.
@@ -77,6 +80,8 @@ struct Choices {
     costs: Costs,
     /// Chains that cost less, the cheapest first.
     candidates: Vec<Candidate>,
+    /// All chains of the first family that fits, those included that cost more.
+    curve: Arc<Curve>,
     /// What error of the whole model errors of the layer make, both relative and squared, from small to large.
     probes: Vec<(f64, f64)>,
 }
@@ -114,6 +119,12 @@ impl Rewrite<'_> {
         if outermost && !self.strength.is_fixed() {
             self.probe(graph, &mut all, cx);
         }
+        if outermost
+            && all.iter().any(|choices| choices.candidates.iter().any(|c| c.form.family() == Family::Kronecker))
+        {
+            // How often they won is said even where they never did.
+            cx.tally.entry(word(Family::Kronecker.member(&all[0].site.shape, 1))).or_default();
+        }
         let chosen = self.choose(&all, cx);
         let made: Vec<_> = all.iter().zip(chosen).filter_map(|(choices, chosen)| Some((choices, *chosen?))).collect();
         for choices in
@@ -129,11 +140,16 @@ impl Rewrite<'_> {
         let chains = cx.remember_all(&made, key, |(choices, candidate)| {
             replacement(graph, &choices.site, candidate.form, &statistics)
         });
+        let mut gathers = BTreeSet::new();
         for ((choices, candidate), chain) in made.iter().zip(chains) {
             let chain = (*chain).as_ref();
-            if chain.and_then(|chain| self.apply(graph, choices, (candidate.form, chain), cx, outermost)).is_none() {
-                cx.decline(&choices.site.name, "the chain holds values beyond what its type does");
+            match chain.and_then(|chain| self.apply(graph, choices, (candidate.form, chain), cx, outermost)) {
+                Some(own) => gathers.extend(own),
+                None => cx.decline(&choices.site.name, "the chain holds values beyond what its type does"),
             }
+        }
+        if outermost {
+            settle(graph, &gathers, cx, self.name);
         }
         for id in open_to_loss(graph, self.strength.is_fixed(), cx) {
             let bodies = graph.op(id).map_or(&[][..], |op| &op.bodies);
@@ -149,11 +165,14 @@ impl Rewrite<'_> {
         let statistics = Statistics::of(cx);
         let mut fitting = Vec::new();
         for site in sites(graph, &statistics, cx, outermost) {
-            let Ok(site) = site.map_err(|(name, why)| cx.decline(&name, &why)) else { continue };
+            let Ok(mut site) = site.map_err(|(name, why)| cx.decline(&name, &why)) else { continue };
             let is_vector = |value| shapes.rank(value).is_none_or(|rank| rank < 2);
             if site.is_stack() && site.operands(graph).any(is_vector) {
                 cx.decline(&site.name, "may multiply a vector, by a stack of matrices");
-            } else if self.families.iter().any(|family| family.fits(&site.shape)) {
+                continue;
+            }
+            site.look_up_rank(graph, shapes);
+            if self.families.iter().any(|&family| site.fits(graph, family)) {
                 fitting.push(site);
             } else {
                 cx.decline(&site.name, self.wants);
@@ -164,7 +183,8 @@ impl Rewrite<'_> {
             xxh3_64(format!("{} {:?} {family:?}", site.key, self.strength).as_bytes())
         };
         let curves = cx.remember_all(&questions, key, |&(site, family)| {
-            site.target(graph, &statistics).map_or_else(Vec::new, |target| self.curve(&target, family))
+            let target = if site.fits(graph, family) { site.target(graph, &statistics) } else { None };
+            target.map_or_else(Vec::new, |target| self.curve(&target, family))
         });
         let mut unknown = Vec::new();
         let choices = |(site, curves): (Site, &[Arc<Curve>])| {
@@ -173,15 +193,15 @@ impl Rewrite<'_> {
                 return None;
             };
             let shape = &site.shape;
-            let candidate =
-                |&(form, error): &(Form, f64)| Candidate { form, error, cost: costs.of_chain(&form.layouts(shape)) };
+            let candidate = |&(form, error): &(Form, f64)| Candidate { form, error, cost: costs.of_chain(form, shape) };
             let mut candidates: Vec<_> = curves.iter().flat_map(|curve| curve.iter().map(candidate)).collect();
             let is_cheaper = |c: &Candidate| {
                 if self.strength.is_fixed() { c.form.elements(shape) < shape.elements() } else { c.cost < costs.whole }
             };
             candidates.retain(is_cheaper);
             candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
-            Some(Choices { site, costs, candidates, probes: Vec::new() })
+            let curve = curves.iter().find(|curve| !curve.is_empty()).cloned().unwrap_or_default();
+            Some(Choices { site, costs, candidates, curve, probes: Vec::new() })
         };
         let all = fitting.into_iter().zip(curves.chunks(self.families.len())).filter_map(choices).collect();
         for name in unknown {
@@ -201,8 +221,7 @@ impl Rewrite<'_> {
         };
         let most = (shape.makes * if shape.spreads { shape.taps() } else { 1 }).min(shape.reads * shape.taps());
         match rank {
-            _ if !family.fits(shape) => Vec::new(),
-            Some(rank) if (1..=most).contains(&rank) => vec![(family.member(rank), 0.0)],
+            Some(rank) if (1..=most).contains(&rank) => vec![(family.member(shape, rank), 0.0)],
             Some(_) => Vec::new(),
             None => {
                 let step = if self.strength.is_fixed() { 1 } else { multiple(shape, family) };
@@ -244,16 +263,21 @@ impl Rewrite<'_> {
         let Some(best) = choices.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b))) else {
             return format!("pays only below rank {break_even}");
         };
+        let allowed = (cx.price.per_byte * saved(best)).min(cx.price.ceiling).max(0.0);
+        let enough = choices.curve.iter().filter(|(_, error)| choices.minded(*error) <= allowed);
+        let needed = enough.filter_map(|(form, _)| form.rank()).min();
         format!(
             "no rank below break-even {break_even} is worth its error: the best saves {:.0} % of the layer for an error of {:.1e}, where {:.1e} \
-             is allowed for that",
+             is allowed for that{}",
             saved(best) / choices.costs.whole * 100.0,
             choices.minded(best.error).sqrt(),
-            (cx.price.per_byte * saved(best)).min(cx.price.ceiling).max(0.0).sqrt()
+            allowed.sqrt(),
+            needed.map_or_else(String::new, |rank| format!(", which takes rank {rank}"))
         )
     }
 
-    /// Puts a chain in the place of each layer of a site; `None`, and nothing done, where that does not work out.
+    /// Puts a chain in the place of each layer of a site; `None`, and nothing done, where that does not work out. Answers what only
+    /// puts channels in another order.
     fn apply(
         &self,
         graph: &mut Graph,
@@ -261,23 +285,18 @@ impl Rewrite<'_> {
         (form, chain): (Form, &Replacement),
         cx: &mut Context,
         outermost: bool,
-    ) -> Option<()> {
+    ) -> Option<Vec<NodeId>> {
         let site = &choices.site;
         let mut next = graph.clone();
-        site.replace(&mut next, form, chain, self.name)?;
+        let regrouped = site.replace(&mut next, form, chain, self.name)?;
         *graph = next;
-        if outermost && site.known.is_some() && !cx.moments.is_empty() {
-            for linear in site.linear().iter().filter(|linear| linear.is_direct()) {
-                let result = graph.name(linear.node.out()).to_owned();
-                let shape = site.shape.clone();
-                cx.kept.replace(result, Factored { linear: linear.clone(), form, shape });
-            }
-            cx.refit = true;
+        if outermost {
+            note(graph, site, (form, chain), &regrouped, cx);
         }
         let count = site.readers();
         cx.predicted += choices.minded(chain.error) * count as f64;
         cx.add(word(form), count);
-        Some(())
+        Some(regrouped.into_iter().flat_map(|regrouped| regrouped.gathers).collect())
     }
 
     /// Measures how much error of the whole model an error of each layer makes: each is replaced by itself.
@@ -317,6 +336,26 @@ impl Rewrite<'_> {
     }
 }
 
+/// Notes what values the layers of a site now make, for the refit.
+fn note(graph: &Graph, site: &Site, (form, chain): (Form, &Replacement), regrouped: &[Regrouped], cx: &mut Context) {
+    let is_known = site.known.is_some() && !cx.moments.is_empty();
+    cx.refit |= is_known;
+    for (place, linear) in site.linear().iter().enumerate().filter(|(_, linear)| linear.is_direct()) {
+        let node = regrouped.get(place).map_or(linear.node, |regrouped| regrouped.node);
+        let (name, original) = (graph.name(node.out()).to_owned(), graph.name(linear.node.out()).to_owned());
+        match &chain.orders {
+            // What a chain beside it adds is another summand.
+            Some(orders) if node != linear.node && chain.stages.len() == 1 => {
+                cx.kept.reorder(name, Moved { original, linear: linear.clone() }, &orders.makes);
+            }
+            None if is_known => {
+                cx.kept.replace(name, Factored { linear: linear.clone(), form, shape: site.shape.clone() });
+            }
+            _ => {}
+        }
+    }
+}
+
 /// What is counted where a layer becomes a chain of this form.
 fn word(form: Form) -> &'static str {
     match form {
@@ -324,6 +363,8 @@ fn word(form: Form) -> &'static str {
         Form::Ranks { .. } => "layers split",
         Form::Spatial { .. } => "layers split by axes",
         Form::Separate { .. } | Form::Mixed { .. } => "layers made depthwise",
+        Form::Grouped { .. } => "layers put in groups",
+        Form::Kronecker { .. } => "layers made Kronecker products",
     }
 }
 
@@ -336,7 +377,7 @@ fn replacement(graph: &Graph, site: &Site, form: Form, statistics: &Statistics) 
         let groups = target.matrices.iter().zip(&fitted.whole).zip(&means);
         groups.flat_map(|((matrix, whole), mean)| ((matrix - whole) * mean).as_slice().to_vec()).collect()
     });
-    Some(Replacement { stages: fitted.stages, lost, error })
+    Some(Replacement { stages: fitted.stages, lost, orders: fitted.orders, error })
 }
 
 /// The rank of the weight of a layer that stands out from noise.
@@ -362,7 +403,7 @@ fn break_even(shape: &Shape, family: Family) -> usize {
     let (mut low, mut high) = (0, most + 1);
     while high - low > 1 {
         let middle = low.midpoint(high);
-        if family.member(middle).elements(shape) < shape.elements() { low = middle } else { high = middle }
+        if family.member(shape, middle).elements(shape) < shape.elements() { low = middle } else { high = middle }
     }
     high
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    analysis::channels::{Channels, Count},
+    analysis::channels::{Axis, Channels, Count},
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
     refit::Left,
 };
@@ -50,12 +50,20 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
             respell(graph, count, &places, pass);
         }
     }
+    let narrowed = axes
+        .into_iter()
+        .filter(|(value, axis, kept, extent)| kept.len() < *extent && !channels.is_inner(*value, *axis));
+    let left = select(graph, narrowed.map(|(value, axis, kept, _)| ((value, axis), kept)), pass);
+    graph.edit_extents(&extents);
+    left
+}
+
+/// Has the constants among these values hold such channels in such an order along an axis; new ones are named after `pass`. Answers
+/// which channels of the others stand where.
+pub(super) fn select(graph: &mut Graph, axes: impl Iterator<Item = (Axis, Vec<usize>)>, pass: &str) -> Left {
     let mut selected: BTreeMap<Outlet, Weight> = BTreeMap::new();
     let mut left = Left::new();
-    for (value, axis, kept, extent) in axes {
-        if kept.len() == extent || channels.is_inner(value, axis) {
-            continue;
-        }
+    for ((value, axis), kept) in axes {
         if graph.op(value.node).is_some() {
             left.entry(graph.name(value).to_owned()).or_default().insert(axis, kept);
             continue;
@@ -71,7 +79,6 @@ pub(super) fn remove(graph: &mut Graph, channels: &Channels, doomed: &BTreeSet<u
         graph.replace_uses(value, new);
         graph.sweep(value.node);
     }
-    graph.edit_extents(&extents);
     left
 }
 
@@ -124,7 +131,7 @@ fn respell(graph: &mut Graph, count: &Count, kept: &dyn Fn(Outlet, usize) -> Vec
 }
 
 /// Has `node` read `entries` in `slot`, where it read another constant of the same type and rank.
-fn set_ints(graph: &mut Graph, node: NodeId, slot: u32, entries: &[i64], pass: &str) -> Option<()> {
+pub(super) fn set_ints(graph: &mut Graph, node: NodeId, slot: u32, entries: &[i64], pass: &str) -> Option<()> {
     let old = graph.operand(node, slot)?;
     let constant = graph.constant(old)?;
     if constant.i64s()? == entries {

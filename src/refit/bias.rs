@@ -2,7 +2,7 @@
 
 use crate::{
     analysis::linear::Linear,
-    ir::{Graph, NodeId, Op, Outlet},
+    ir::{Graph, NodeId, Op, Outlet, tensor::is_float},
 };
 
 /// Where the bias of a layer stands.
@@ -18,7 +18,8 @@ pub(crate) enum Bias {
 impl Bias {
     /// Of a layer that is no part of a recurrent one.
     pub(crate) fn of(graph: &Graph, linear: &Linear) -> Self {
-        if graph.op_of(linear.node, "MatMul").is_none() {
+        // A sum of products of matrices ends in a `Reshape`.
+        if ["MatMul", "Reshape"].iter().all(|kind| graph.op_of(linear.node, kind).is_none()) {
             return Self::Own;
         }
         let added = graph.sole_use(linear.node.out()).and_then(|(add, slot)| {
@@ -61,7 +62,10 @@ impl Bias {
 
     /// Has the layer add `values`; a new constant is named after `pass`.
     pub(crate) fn set(&self, graph: &mut Graph, linear: &Linear, values: &[f64], pass: &str) -> Option<()> {
-        let like = graph.weight(graph.operand(linear.node, 1)?)?.clone();
+        // The weight may be another by now, or stand elsewhere.
+        let stored = graph.operand(linear.node, 1).and_then(|weight| graph.weight(weight));
+        let stored = stored.filter(|weight| is_float(weight.value().dtype())).or_else(|| graph.weight(linear.weight));
+        let like = stored?.clone();
         let Some((node, slot)) = self.place(linear) else {
             if values.iter().all(|&value| value == 0.0) {
                 return Some(());

@@ -6,8 +6,8 @@ use rayon::prelude::*;
 use super::{Kept, NAME, Rows, System, eased, set_matrices};
 use crate::{
     analysis::linear::Linear,
-    factor::{Form, Metric, Shape, Target},
-    ir::{Graph, NodeId},
+    factor::{Form, Layout, Metric, Shape, Target},
+    ir::{Graph, NodeId, Outlet},
     linalg::product,
 };
 
@@ -16,10 +16,12 @@ const ROUNDS: usize = 2;
 
 /// The layers that stand in the place of one.
 pub(super) struct Chain {
-    /// Their nodes, the first one first.
-    pub(super) nodes: Vec<NodeId>,
+    /// The node that reads what the layer did.
+    pub(super) first: NodeId,
     /// The layer as it was, which reads what the first one does and makes what the last one does.
     pub(super) whole: Linear,
+    /// The weights of the layers, with the node and the slot that reads each.
+    weights: Vec<(Outlet, NodeId, u32)>,
     form: Form,
     shape: Shape,
 }
@@ -29,41 +31,41 @@ type Chained = (Vec<Vec<f64>>, Vec<DMatrix<f64>>, Vec<DVector<f64>>);
 
 impl Chain {
     /// The chain that ends in `last`, if it is still what it was made.
-    pub(super) fn of(graph: &Graph, last: &Linear, kept: &Kept) -> Option<Self> {
-        let factored = kept.factored.get(graph.name(last.node.out()))?;
+    pub(super) fn of(graph: &Graph, last: NodeId, kept: &Kept) -> Option<Self> {
+        let factored = kept.factored.get(graph.name(last.out()))?;
         let (form, shape) = (factored.form, factored.shape.clone());
-        let layouts = form.layouts(&shape);
-        let mut nodes = vec![last.node];
-        while nodes.len() < layouts.len() {
-            let read = graph.operand(nodes[0], 0)?;
-            graph.sole_use(read)?;
-            Linear::of(graph, read.node)?;
-            graph.operand(read.node, 2).is_none().then_some(())?;
-            nodes.insert(0, read.node);
-        }
-        let is_alike = nodes.iter().zip(&layouts).all(|(&node, layout)| {
-            let part = Linear::of(graph, node);
-            let rows = if shape.spreads { 0 } else { layout.dims[0] };
-            part.is_some_and(|part| {
-                part.rows * part.groups == rows && part.columns == layout.dims[1..].iter().product::<usize>()
-            })
-        });
+        let weights = match form {
+            Form::Kronecker { terms, .. } => products(graph, last, terms)?,
+            _ => layers(graph, last, &form.layouts(&shape), &shape)?,
+        };
+        let first = match form {
+            Form::Kronecker { .. } => graph.operand(weights[0].1, 0)?.node,
+            _ => weights[0].1,
+        };
+        let is_alone = |&(weight, node, slot): &(Outlet, NodeId, u32)| graph.sole_use(weight) == Some((node, slot));
         let mut whole = factored.linear.clone();
-        (whole.node, whole.weight, whole.input) = (last.node, last.weight, graph.operand(nodes[0], 0)?);
-        is_alike.then_some(Self { nodes, whole, form, shape })
+        (whole.node, whole.weight, whole.input) = (last, weights.last()?.0, graph.operand(first, 0)?);
+        weights.iter().all(is_alone).then_some(Self { first, whole, weights, form, shape })
     }
 
-    fn parts(&self, graph: &Graph) -> Option<Vec<Linear>> {
-        self.nodes.iter().map(|&node| Linear::of(graph, node)).collect()
+    /// Whether the weight of stage `i` is stored with its columns as rows.
+    fn is_turned(&self, i: usize) -> bool {
+        matches!(self.form, Form::Kronecker { .. }) && i.is_multiple_of(2)
     }
 
     /// W of each group as the chain makes it.
     pub(super) fn matrices(&self, graph: &Graph) -> Option<Vec<DMatrix<f64>>> {
-        let values = |part: Linear| {
-            let matrices = part.matrices(&graph.constant(part.weight)?.f64s()?);
+        let values = |(i, &(weight, node, _)): (usize, &(Outlet, NodeId, u32))| {
+            let tensor = graph.constant(weight)?;
+            let values = tensor.f64s()?;
+            if let Form::Kronecker { .. } = self.form {
+                let width = *tensor.dims().last()?;
+                return Some(if self.is_turned(i) { turned(&values, width) } else { values });
+            }
+            let matrices = Linear::of(graph, node)?.matrices(&values);
             Some(matrices.iter().flat_map(|matrix| matrix.transpose().as_slice().to_vec()).collect())
         };
-        let stages: Vec<Vec<f64>> = self.parts(graph)?.into_iter().map(values).collect::<Option<_>>()?;
+        let stages: Vec<Vec<f64>> = self.weights.iter().enumerate().map(values).collect::<Option<_>>()?;
         Some(self.form.compose(&self.shape, &stages))
     }
 
@@ -116,12 +118,70 @@ impl Chain {
 
     /// Gives the layers of the chain other weights.
     pub(super) fn set(&self, graph: &mut Graph, stages: &[Vec<f64>]) -> Option<()> {
-        for (part, values) in self.parts(graph)?.iter().zip(stages) {
-            let size = part.rows * part.columns;
+        for (i, (&(weight, node, slot), values)) in self.weights.iter().zip(stages).enumerate() {
+            let linear = Linear::of(graph, node);
+            let Some(part) = linear.filter(|_| !matches!(self.form, Form::Kronecker { .. })) else {
+                let stored = graph.weight(weight)?;
+                let dims = stored.value().dims().to_vec();
+                let values = if self.is_turned(i) { turned(values, dims[0]) } else { values.clone() };
+                let new = stored.fit(&dims, &values).filter(|weight| weight.value().is_finite())?;
+                let new = graph.add_const(new, &format!("{}.{NAME}", graph.name(weight)));
+                graph.exchange_operand(node, slot, Some(new));
+                continue;
+            };
             let matrix = |values: &[f64]| DMatrix::from_row_slice(part.rows, part.columns, values);
-            let matrices: Vec<_> = values.chunks_exact(size).map(matrix).collect();
-            set_matrices(graph, part, &matrices, NAME)?;
+            let matrices: Vec<_> = values.chunks_exact(part.rows * part.columns).map(matrix).collect();
+            set_matrices(graph, &part, &matrices, NAME)?;
         }
         Some(())
     }
+}
+
+/// A matrix of rows of this width, column by column.
+fn turned(values: &[f64], width: usize) -> Vec<f64> {
+    DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
+}
+
+/// The weights of layers of which each reads what the one before makes, up to `last`.
+fn layers(graph: &Graph, last: NodeId, layouts: &[Layout], shape: &Shape) -> Option<Vec<(Outlet, NodeId, u32)>> {
+    let mut nodes = vec![last];
+    while nodes.len() < layouts.len() {
+        let read = graph.operand(nodes[0], 0)?;
+        graph.sole_use(read)?;
+        Linear::of(graph, read.node)?;
+        graph.operand(read.node, 2).is_none().then_some(())?;
+        nodes.insert(0, read.node);
+    }
+    let of_layer = |(&node, layout): (&NodeId, &Layout)| {
+        let part = Linear::of(graph, node)?;
+        let rows = if shape.spreads { 0 } else { layout.dims[0] };
+        let is_alike = part.rows * part.groups == rows && part.columns == layout.dims[1..].iter().product::<usize>();
+        is_alike.then_some((part.weight, node, part.slot()))
+    };
+    nodes.iter().zip(layouts).map(of_layer).collect()
+}
+
+/// B and A of each term of a sum of so many Kronecker products that `last` makes rows of.
+fn products(graph: &Graph, last: NodeId, terms: usize) -> Option<Vec<(Outlet, NodeId, u32)>> {
+    let alone = |node: NodeId, slot: u32, kind: &str| {
+        let value = graph.operand(node, slot)?;
+        graph.sole_use(value)?;
+        graph.op_of(value.node, kind).map(|_| value.node)
+    };
+    let (mut weights, mut sum) = (Vec::new(), (last, 0));
+    graph.op_of(last, "Reshape")?;
+    for term in (0..terms).rev() {
+        let left = if term > 0 {
+            let add = alone(sum.0, sum.1, "Add")?;
+            sum = (add, 0);
+            alone(add, 1, "MatMul")?
+        } else {
+            alone(sum.0, sum.1, "MatMul")?
+        };
+        let right = alone(left, 1, "MatMul")?;
+        weights.extend([(graph.operand(left, 0)?, left, 0), (graph.operand(right, 1)?, right, 1)]);
+    }
+    weights.reverse();
+    graph.op_of(graph.operand(weights[0].1, 0)?.node, "Reshape")?;
+    weights.iter().all(|(weight, ..)| graph.constant(*weight).is_some()).then_some(weights)
 }

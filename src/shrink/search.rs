@@ -127,7 +127,7 @@ struct Best<'p> {
 impl Trial {
     /// Whether any lossy pass did anything.
     pub(super) fn did_something(&self) -> bool {
-        self.outcomes.iter().any(|outcome| outcome.fidelity == Fidelity::Lossy && !outcome.tally.is_empty())
+        self.outcomes.iter().any(|outcome| outcome.fidelity == Fidelity::Lossy && outcome.did_something())
     }
 
     /// The error that its passes predict, squared.

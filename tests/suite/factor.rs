@@ -2,7 +2,7 @@
 
 use nalgebra::DMatrix;
 use onnx_shrink::{
-    factor::{Family, Form, Metric, Shape, Target},
+    factor::{Family, Form, Metric, Orders, Shape, Target},
     ir::{Tensor, Weight},
     linalg::normal,
     pass::{Context, Price},
@@ -11,7 +11,7 @@ use onnx_shrink::{
 };
 use rand_xoshiro::{Xoshiro256PlusPlus, rand_core::SeedableRng};
 
-const FAMILIES: [Family; 8] = [
+const FAMILIES: [Family; 10] = [
     Family::After,
     Family::Before,
     Family::Both,
@@ -20,6 +20,8 @@ const FAMILIES: [Family; 8] = [
     Family::Spatial { first: 2 },
     Family::Separate,
     Family::Mixed,
+    Family::Grouped { bypass: 0 },
+    Family::Kronecker,
 ];
 
 fn draw(random: &mut Xoshiro256PlusPlus, rows: usize, columns: usize) -> DMatrix<f64> {
@@ -38,6 +40,7 @@ fn shapes() -> Vec<Shape> {
     vec![
         shape(1, 7, 9, &[], false),
         shape(1, 9, 5, &[], false),
+        shape(1, 8, 12, &[], false),
         shape(1, 6, 4, &[3, 3], false),
         shape(1, 4, 6, &[3, 2], false),
         shape(2, 3, 4, &[3], false),
@@ -83,25 +86,41 @@ fn chains_make_what_they_say_at_the_error_that_they_say_and_all_at_full_strength
                 for (stage, layout) in fitted.stages.iter().zip(form.layouts(shape)) {
                     assert_eq!(stage.len(), layout.elements(), "{what}");
                 }
-                for (whole, composed) in fitted.whole.iter().zip(form.compose(shape, &fitted.stages)) {
-                    assert!((whole - composed).norm() <= 1e-9 * whole.norm().max(1.0), "{what}");
+                for (place, (whole, composed)) in
+                    fitted.whole.iter().zip(form.compose(shape, &fitted.stages)).enumerate()
+                {
+                    let whole =
+                        fitted.orders.as_ref().map_or(whole.clone(), |orders| arranged(whole, shape, orders, place));
+                    assert!((&whole - composed).norm() <= 1e-9 * whole.norm().max(1.0), "{what}");
                 }
                 let found = target.error(&fitted.whole);
                 // Of both ranks, the second is chosen anew among what the first leaves, which can only be closer.
                 let is_close =
                     (found - error).abs() <= 1e-6 + 0.01 * error || family == Family::Both && found <= error + 1e-6;
                 assert!(is_close, "{what}: {found} {error}");
-                if family != Family::Both {
+                // Of groups, more of them need not be parts of fewer.
+                if ![Family::Both, Family::Grouped { bypass: 0 }].contains(&family) {
                     assert!(error <= last + 1e-9, "{what}: {error} after {last}");
                 }
                 last = error;
                 tried += 1;
             }
             let (form, error) = *curve.last().unwrap();
-            assert!(error < 1e-8, "{shape:?} {kind} {form:?}: {error}");
+            assert!(error < 1e-8 || family == Family::Grouped { bypass: 0 }, "{shape:?} {kind} {form:?}: {error}");
         }
     }
     assert!(tried > 500, "{tried}");
+}
+
+/// W of the group `place` with its channels in these orders.
+fn arranged(whole: &DMatrix<f64>, shape: &Shape, orders: &Orders, place: usize) -> DMatrix<f64> {
+    let (rows, columns) = if shape.spreads { (shape.taps(), 1) } else { (1, shape.taps()) };
+    let elements = |order: &[usize], count: usize, taps: usize| {
+        let own = order[place * count..(place + 1) * count].iter().map(|channel| channel - place * count);
+        own.flat_map(|channel| (0..taps).map(move |tap| channel * taps + tap)).collect::<Vec<_>>()
+    };
+    let columns = elements(&orders.reads, shape.reads, columns);
+    whole.select_rows(&elements(&orders.makes, shape.makes, rows)).select_columns(&columns)
 }
 
 #[test]
@@ -180,6 +199,63 @@ fn a_chain_computes_what_the_layer_does_with_the_kernel_that_it_makes() {
     assert!(replaced > 20, "{replaced}");
 }
 
+/// Products of rows.
+const PRODUCTS: &[(&str, &str, &str)] = &[
+    ("float[N,12]", "float[8,12]", "Gemm <transB = 1>"),
+    ("float[N,8]", "float[8,12]", "Gemm"),
+    ("float[N,12]", "float[12,8]", "MatMul"),
+    ("float[N,5,12]", "float[12,8]", "MatMul"),
+    ("float[N,3,5,12]", "float[12,8]", "MatMul"),
+];
+
+#[test]
+fn layers_in_groups_and_sums_of_products_compute_what_they_were_fitted_to() {
+    use onnx_shrink::analysis::linear::Linear;
+    let passes = [
+        ("group:groups=2", Family::Grouped { bypass: 0 }),
+        ("group:groups=2:bypass=2", Family::Grouped { bypass: 2 }),
+        ("kron:terms=2", Family::Kronecker),
+    ];
+    let mut replaced = 0;
+    let layers = LAYERS.iter().chain(PRODUCTS).flat_map(|layer| passes.iter().map(move |pass| (layer, pass)));
+    for ((input, weight, layer), (pass, family)) in layers {
+        let rank = input.matches(',').count() + 1;
+        let open = ["N", "A", "B", "C", "D"][..rank].join(",");
+        let text = format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng ({input} x) => (float[{open}] y)\n<{weight} w = normal(1)>\n{{\n y = {layer} (x, w)\n}}\n"
+        );
+        let mut whole = text::parse(&text).unwrap();
+        let mut chain = whole.clone();
+        let mut cx = Context::at(Samples::likely_shapes(&whole, &Request::default()));
+        let passes: Vec<_> = pipeline::parse(pass).unwrap().into_iter().skip(1).take(1).collect();
+        pipeline::run(&passes, &mut chain, &mut cx, Price::default()).unwrap();
+        if chain.graph.edits() == whole.graph.edits() {
+            continue;
+        }
+        let layer = Linear::all(&whole.graph).remove(0);
+        let stored = whole.graph.constant(layer.weight).unwrap();
+        let (dims, spreads) = (stored.dims().to_vec(), whole.graph.op_of(layer.node, "ConvTranspose").is_some());
+        let kernel = dims[2..].to_vec();
+        let (makes, reads) = match (spreads, kernel.is_empty()) {
+            (true, _) => (dims[1], dims[0] / layer.groups),
+            (false, true) => (layer.rows, layer.columns),
+            (false, false) => (dims[0] / layer.groups, dims[1]),
+        };
+        let matrices = layer.matrices(&stored.f64s().unwrap());
+        let shape = Shape { groups: layer.groups, makes, reads, kernel, spreads };
+        let metrics = vec![Metric::Identity; matrices.len()];
+        let target = Target { matrices, metrics, shape: shape.clone() };
+        let fitted = family.prepare(&target, Some(2)).unwrap().fit(&target, family.member(&shape, 2)).unwrap();
+        let tensor = Tensor::floats(stored.dtype(), &dims, &layer.elements(&fitted.whole)).unwrap();
+        whole.graph.set_weight(layer.weight, Weight::dense(tensor));
+        let samples = Samples::gather(&whole, &Request::default()).unwrap().part(Split::Last);
+        let difference = Reference::new(&Engine::default(), &whole, samples).unwrap().compare(&chain).unwrap();
+        assert!(difference.rounding < 1e-5, "{text} {pass}: {difference:?}\n{}", text::print(&chain));
+        replaced += 1;
+    }
+    assert_eq!(replaced, 27);
+}
+
 /// The elements of the weight of the only layer of `whole` with which it computes what `chain` does.
 fn composed(whole: &onnx_shrink::codec::Model, chain: &onnx_shrink::codec::Model) -> Vec<f64> {
     use onnx_shrink::analysis::linear::Linear;
@@ -197,8 +273,9 @@ fn composed(whole: &onnx_shrink::codec::Model, chain: &onnx_shrink::codec::Model
     let ranks = || (1..=64).flat_map(|before| (1..=64).map(move |after| (before, after)));
     let pairs = ranks().map(|(before, after)| Form::Ranks { before: Some(before), after: Some(after) });
     let singles = FAMILIES.into_iter().filter(|&family| family != Family::Both && family.fits(&shape));
-    let singles = singles.flat_map(|family| (1..=64).map(move |rank| family.member(rank)));
-    let is_it = |form: &Form| form.layouts(&shape).iter().map(|layout| layout.dims.clone()).eq(extents.iter().cloned());
+    let shape = &shape;
+    let singles = singles.flat_map(|family| (1..=64).map(move |rank| family.member(shape, rank)));
+    let is_it = |form: &Form| form.layouts(shape).iter().map(|layout| layout.dims.clone()).eq(extents.iter().cloned());
     let form = singles.chain(pairs).find(is_it).unwrap();
-    layer.elements(&form.compose(&shape, &stages))
+    layer.elements(&form.compose(shape, &stages))
 }

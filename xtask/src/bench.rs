@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::AtomicBool,
     time::{Duration, Instant},
 };
 
@@ -11,11 +12,13 @@ use anyhow::{Context, ensure};
 use nalgebra::DMatrix;
 use onnx_shrink::{
     analysis::moments,
-    codec::Model,
+    codec::{self, Model},
+    ir::{DType, Tensor, Weight},
     linalg::Spectrum,
     pass::{self, Price},
     pipeline::{self, Item},
     shrink::MAX_GRAM_DIM,
+    text,
     verify::{Engine, Request, Samples, Split},
 };
 
@@ -27,7 +30,8 @@ const RUNS: usize = 5;
 pub(crate) struct Bench {
     /// Models to simplify without verification, each beside onnxslim.
     models: Vec<PathBuf>,
-    /// A model and its samples: the time of a whole `--passes svd,prune` with them, and of what the layers read.
+    /// A model and its samples: the time of whole runs of `--passes svd,prune` and `--passes factor` with them, and of learning what the
+    /// layers read.
     #[arg(long, value_name = "MODEL=FILE.npz")]
     calibrated: Vec<String>,
     /// A Python with onnxslim and numpy.
@@ -47,12 +51,12 @@ impl Bench {
         if !self.calibrated.is_empty() {
             self.calibration(&program)?;
         }
-        self.factorization()
+        self.factorization(&program)
     }
 
     fn calibration(&self, program: &Path) -> anyhow::Result<()> {
         println!(
-            "\n| model | samples fitted | moments, s | whole run, s | anonymous memory, MB |\n|---|---|---|---|---|"
+            "\n| model | passes | samples fitted | moments, s | whole run, s | anonymous memory, MB |\n|---|---|---|---|---|---|"
         );
         let out = std::env::temp_dir().join(format!("onnx-shrink-bench-{}.onnx", std::process::id()));
         for pair in &self.calibrated {
@@ -66,16 +70,18 @@ impl Bench {
             let start = Instant::now();
             moments::collect(&Engine::default(), &model, &fit, MAX_GRAM_DIM, &mut |_| {})?;
             let learned = start.elapsed().as_secs_f64();
-            let mut command = Command::new(program);
-            let command = command.arg(path).arg(&out).args(["--passes", "svd,prune", "--data", data, "-q"]);
-            let (time, peak) = measure(command)?;
-            println!(
-                "| {} | {} | {learned:.1} | {:.0} | {:.0} |",
-                Path::new(path).file_stem().unwrap_or_default().to_string_lossy(),
-                fit.len(),
-                time.as_secs_f64(),
-                peak as f64 / 1e6
-            );
+            for passes in ["svd,prune", "factor"] {
+                let mut command = Command::new(program);
+                let command = command.arg(path).arg(&out).args(["--passes", passes, "--data", data, "-q"]);
+                let (time, peak) = measure(command)?;
+                println!(
+                    "| {} | {passes} | {} | {learned:.1} | {:.0} | {:.0} |",
+                    Path::new(path).file_stem().unwrap_or_default().to_string_lossy(),
+                    fit.len(),
+                    time.as_secs_f64(),
+                    peak as f64 / 1e6
+                );
+            }
         }
         if out.exists() {
             fs::remove_file(out)?;
@@ -116,7 +122,7 @@ impl Bench {
         Ok(())
     }
 
-    fn factorization(&self) -> anyhow::Result<()> {
+    fn factorization(&self, program: &Path) -> anyhow::Result<()> {
         println!("\n| factorization | ours, s | other, s | times faster |\n|---|---|---|---|");
         let row = |what: &str, ours: f64, other: f64| {
             println!("| {what} | {ours:.2} | {other:.2} | {:.1} |", other / ours);
@@ -126,13 +132,48 @@ impl Bench {
         row("1024 x 1024, whole spectrum, beside nalgebra's SVD", ours, timed(|| drop(small.clone().svd(true, true))));
         let large = DMatrix::from_fn(4096, 4096, noise);
         let ours = timed(|| drop(Spectrum::of(&large, Some(512)).map(|spectrum| spectrum.factors(&large, 512))));
-        let script = "import numpy as np, time; a = np.random.default_rng(0).standard_normal((4096, 4096)); \
-                      t = time.time(); np.linalg.svd(a); print(time.time() - t)";
-        let output = Command::new(&self.python).args(["-c", script]).stderr(Stdio::inherit()).output()?;
-        let other = String::from_utf8_lossy(&output.stdout).trim().parse().context("numpy can't be timed")?;
-        row("4096 x 4096, rank 512, beside numpy's SVD", ours, other);
+        row("4096 x 4096, rank 512, beside numpy's SVD", ours, self.lapack(4096, 4096)?);
+        let (time, peak) = splitting(program)?;
+        let what = format!(
+            "a Gemm of 4096 x 25088, rank 256, a whole run in {:.0} MB of anonymous memory, beside numpy's SVD alone",
+            peak as f64 / 1e6
+        );
+        row(&what, time.as_secs_f64(), self.lapack(4096, 25_088)?);
         Ok(())
     }
+
+    /// Seconds that numpy takes for the singular values and vectors of a matrix of noise, by LAPACK.
+    fn lapack(&self, rows: usize, columns: usize) -> anyhow::Result<f64> {
+        let script = format!(
+            "import numpy as np, time; a = np.random.default_rng(0).standard_normal(({rows}, {columns})); \
+             t = time.time(); np.linalg.svd(a, full_matrices=False); print(time.time() - t)"
+        );
+        let output = Command::new(&self.python).args(["-c", &script]).stderr(Stdio::inherit()).output()?;
+        String::from_utf8_lossy(&output.stdout).trim().parse().context("numpy can't be timed")
+    }
+}
+
+/// The time and the anonymous memory of splitting the largest layer of VGG-16 (Simonyan 2015), of noise, by the program.
+fn splitting(program: &Path) -> anyhow::Result<(Duration, u64)> {
+    let (rows, columns) = (4096, 25_088);
+    let folder = std::env::temp_dir().join(format!("onnx-shrink-bench-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    let (path, out) = (folder.join("large.onnx"), folder.join("out.onnx"));
+    let text = format!(
+        "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,{columns}] x) => (float[N,{rows}] y)\n<float[1] w = {{0.0}}>\n{{\n y = Gemm <transB = 1> (x, w)\n}}\n"
+    );
+    let mut model = text::parse(&text)?;
+    let (node, scale) = (model.graph.ops()[0], (columns as f64).sqrt().recip());
+    let values: Vec<f64> = (0..rows * columns).map(|i| noise(i / columns, i % columns) * scale).collect();
+    let weight = Tensor::floats(DType::Float, &[rows, columns], &values).context("floats")?;
+    let value = model.graph.operand(node, 1).context("a weight")?;
+    model.graph.set_weight(value, Weight::dense(weight));
+    codec::save(&model, &path, &AtomicBool::new(false))?;
+    drop((values, model));
+    let mut command = Command::new(program);
+    let measured = measure(command.arg(&path).arg(&out).args(["--passes", "svd:rank=256", "--max-error", "2", "-q"]));
+    fs::remove_dir_all(&folder)?;
+    measured
 }
 
 /// A number between -1 and 1 that looks random.

@@ -3,7 +3,7 @@
 use super::site::{Readers, Site};
 use crate::{
     analysis::{cost::Latency, shapes::Shapes},
-    factor::Layout,
+    factor::{Form, Layout, Shape},
     ir::{Graph, NodeId},
     pass::Minimize,
 };
@@ -48,17 +48,53 @@ impl Costs {
             Minimize::Macs | Minimize::LatencyModel => nodes.into_iter().map(places).collect::<Option<_>>()?,
         };
         let mut costs = Self { minimize, element, readers, whole: 0.0 };
-        costs.whole = costs.of_chain(&[Layout::of_whole(&site.shape)]);
+        costs.whole = costs.of_layers(&[Layout::of_whole(&site.shape)], Moves::default());
         Some(costs)
     }
 
-    /// What a chain of such layers costs in the place of each.
-    pub(super) fn of_chain(&self, layouts: &[Layout]) -> f64 {
+    /// What a chain of this form costs in the place of each.
+    pub(super) fn of_chain(&self, form: Form, shape: &Shape) -> f64 {
+        self.of_layers(&form.layouts(shape), Moves::of(form, shape))
+    }
+
+    fn of_layers(&self, layouts: &[Layout], moves: Moves) -> f64 {
         if self.minimize == Minimize::Bytes {
             let elements: usize = layouts.iter().map(Layout::elements).sum();
-            return elements as f64 * self.element + OVERHEAD * (layouts.len() as f64 - 1.0);
+            let nodes = layouts.len() + moves.nodes - 1;
+            return elements as f64 * self.element + OVERHEAD * nodes as f64 + INDEX * moves.indices as f64;
         }
-        self.readers.iter().map(|places| places.cost(layouts, self.minimize)).sum()
+        self.readers.iter().map(|places| places.cost(layouts, moves, self.minimize)).sum()
+    }
+}
+
+/// Bytes of an index.
+const INDEX: f64 = 8.0;
+
+/// What only moves values, or adds them, in a chain: nodes, indices that they hold, and values for each place.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moves {
+    nodes: usize,
+    indices: usize,
+    values: usize,
+}
+
+impl Moves {
+    fn of(form: Form, shape: &Shape) -> Self {
+        let (reads, makes) = (shape.groups * shape.reads, shape.groups * shape.makes);
+        match form {
+            // Of the channels that are read or made, those of one side come in their order from the weights around; a matrix is also
+            // turned so that its rows are places, and back.
+            Form::Grouped { bypass: 0, .. } if shape.kernel.is_empty() => {
+                Self { nodes: 5, indices: reads, values: 2 * reads + makes }
+            }
+            Form::Grouped { .. } if shape.kernel.is_empty() => {
+                Self { nodes: 6, indices: reads, values: 2 * (reads + makes) }
+            }
+            Form::Grouped { bypass: 0, .. } => Self { nodes: 1, indices: reads, values: reads },
+            Form::Grouped { .. } => Self { nodes: 2, indices: reads, values: reads + makes },
+            Form::Kronecker { terms, .. } => Self { nodes: terms + 1, indices: 0, values: (terms - 1) * makes },
+            _ => Self::default(),
+        }
     }
 }
 
@@ -85,13 +121,16 @@ impl Places {
         Some(Self { count, extents, spreads: site.shape.spreads, counts })
     }
 
-    fn cost(&self, layouts: &[Layout], minimize: Minimize) -> f64 {
+    fn cost(&self, layouts: &[Layout], moves: Moves, minimize: Minimize) -> f64 {
         let mut is_done = vec![false; self.extents.len()];
         let area = |is_done: &[bool]| {
             let extents = self.extents.iter().zip(is_done);
             self.count * extents.map(|((before, after), done)| if *done { after } else { before }).product::<f64>()
         };
         let mut sum = 0.0;
+        if minimize == Minimize::LatencyModel {
+            sum += moves.values as f64 * area(&is_done) * Latency::RESULT;
+        }
         for (i, layout) in layouts.iter().enumerate() {
             let before = area(&is_done);
             is_done.iter_mut().zip(&layout.along).for_each(|(done, along)| *done |= along);
@@ -99,6 +138,7 @@ impl Places {
             let multiplied = if self.spreads && layout.reaches() { before } else { after };
             // The last layer of a chain for a recurrence is the recurrence itself.
             let counts = self.counts || i + 1 < layouts.len();
+            let multiplied = multiplied * layout.repeats as f64;
             let products = if counts { layout.elements() as f64 * multiplied } else { 0.0 };
             if minimize == Minimize::Macs {
                 sum += products;
@@ -106,7 +146,7 @@ impl Places {
             }
             let made = if self.spreads && layout.reaches() { layout.dims[1] * layout.groups } else { layout.dims[0] };
             let read = if self.extents.is_empty() { layout.elements() as f64 * Latency::WEIGHT } else { 0.0 };
-            sum += products * Latency::PRODUCT + made as f64 * after * Latency::RESULT + read;
+            sum += products * Latency::PRODUCT + made as f64 * after * layout.repeats as f64 * Latency::RESULT + read;
         }
         sum
     }

@@ -2,11 +2,12 @@
 
 use super::{
     dense,
+    regroup::{self, Regrouped},
     site::{Readers, Site},
 };
 use crate::{
     analysis::linear::Linear,
-    factor::{Form, Layout},
+    factor::{Form, Layout, Orders},
     ir::{Graph, Op, Outlet, Weight},
     refit::Bias,
 };
@@ -18,19 +19,25 @@ pub(in crate::passes) struct Replacement {
     pub(in crate::passes) stages: Vec<Vec<f64>>,
     /// What it lacks of the mean of what is made, for each row of W of all groups, where that is known.
     pub(in crate::passes) lost: Option<Vec<f64>>,
+    /// In which order the channels of a layer in groups stand.
+    pub(in crate::passes) orders: Option<Orders>,
     /// The error that it makes of the layer, relative and squared.
     pub(in crate::passes) error: f64,
 }
 
 impl Site {
     /// Puts a chain in the place of each layer; `None`, and the graph is of no use then, where a value is beyond what its type holds.
+    /// Answers which layers are now in groups.
     pub(in crate::passes) fn replace(
         &self,
         graph: &mut Graph,
         form: Form,
         chain: &Replacement,
         pass: &str,
-    ) -> Option<()> {
+    ) -> Option<Vec<Regrouped>> {
+        if let Form::Grouped { .. } | Form::Kronecker { .. } = form {
+            return self.regroup(graph, form, chain, pass);
+        }
         let stored = self.stored(graph)?.clone();
         let layouts = form.layouts(&self.shape);
         let shares: Vec<_> = self.linear().iter().map(|linear| self.share(graph, linear)).collect();
@@ -68,7 +75,43 @@ impl Site {
                 add_to_bias(graph, linear, (lost, share), pass)?;
             }
         }
-        Some(())
+        Some(Vec::new())
+    }
+
+    /// The same for forms whose layers do not read what the layer did.
+    fn regroup(&self, graph: &mut Graph, form: Form, chain: &Replacement, pass: &str) -> Option<Vec<Regrouped>> {
+        let (stored, layouts, lost) = (self.stored(graph)?.clone(), form.layouts(&self.shape), chain.lost.as_deref());
+        let mut weights = Vec::new();
+        for (i, (layout, values)) in layouts.iter().zip(&chain.stages).enumerate() {
+            // A product of rows by Bᵀ, and one of A by what that makes; of a chain beside a product of rows, both are of rows.
+            let is_turned = match form {
+                Form::Kronecker { .. } => i.is_multiple_of(2),
+                _ => i > 0 && self.shape.kernel.is_empty(),
+            };
+            let values = if is_turned { transposed(values, layout.dims[1]) } else { values.clone() };
+            let dims = if is_turned { vec![layout.dims[1], layout.dims[0]] } else { layout.dims.clone() };
+            weights.push(stored.fit(&dims, &values).filter(|weight| weight.value().is_finite())?);
+        }
+        if let (Form::Kronecker { .. }, Some(rank)) = (form, self.rank) {
+            let name = |i: usize| format!("{}.{pass}.{}", self.name, i + 1);
+            let weights: Vec<_> =
+                weights.into_iter().enumerate().map(|(i, weight)| graph.add_const(weight, &name(i))).collect();
+            let mut one =
+                |linear: &Linear| regroup::multiply(graph, linear, (form, &self.shape, &weights), (rank, lost), pass);
+            return self.linear().iter().map(&mut one).collect();
+        }
+        // A matrix becomes a kernel of one place.
+        let dims =
+            if self.shape.kernel.is_empty() { [&layouts[0].dims[..], &[1]].concat() } else { layouts[0].dims.clone() };
+        weights[0] = weights[0].reshape(&dims)?;
+        let orders = chain.orders.as_ref()?;
+        let weights: Vec<_> =
+            weights.into_iter().map(|weight| graph.add_const(weight, &format!("{}.{pass}", self.name))).collect();
+        let mut one = |linear: &Linear| {
+            let share = self.share(graph, linear);
+            regroup::group(graph, linear, (&layouts, orders, &weights), (self.rank, lost, share), pass)
+        };
+        self.linear().iter().map(&mut one).collect()
     }
 
     /// How much of what rows of W make reaches each result, on average: less than all where they spread over places.
@@ -85,15 +128,17 @@ impl Site {
         let dims = |rows: usize, columns: usize| [stack, &[rows, columns]].concat();
         let (rows, columns, flipped) = (*rows, *columns, self.is_flipped());
         // Stored as it is, W = outer·inner; stored as Wᵀ, that is innerᵀ·outerᵀ.
-        let turned = |values: &[f64], width: usize| {
-            nalgebra::DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
-        };
         let (left, right) =
-            if flipped { (turned(inner, rows), turned(outer, rank)) } else { (outer.to_vec(), inner.to_vec()) };
+            if flipped { (transposed(inner, rows), transposed(outer, rank)) } else { (outer.to_vec(), inner.to_vec()) };
         let left = stored.fit(&dims(rows, rank), &left)?;
         let right = stored.fit(&dims(rank, columns), &right)?;
         (left.value().is_finite() && right.value().is_finite()).then_some((left, right))
     }
+}
+
+/// A matrix of rows of this width, column by column.
+fn transposed(values: &[f64], width: usize) -> Vec<f64> {
+    nalgebra::DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
 }
 
 /// Adds `lost`, a value for each row of W of which a share reaches each result, to the bias of a layer.
@@ -114,7 +159,7 @@ fn written(graph: &Graph, linear: &Linear, stage: usize, layout: &Layout, values
     let [rows, columns] = layout.dims[..] else { return (layout.dims.clone(), values.to_vec()) };
     if stage == 0 {
         // A product of rows by Aᵀ.
-        return (vec![columns, rows], nalgebra::DMatrix::from_row_slice(rows, columns, values).as_slice().to_vec());
+        return (vec![columns, rows], transposed(values, columns));
     }
     let directions = graph.constant(linear.weight).map_or(1, |weight| weight.dims()[0]);
     (vec![directions, rows / directions, columns], values.to_vec())
@@ -132,7 +177,7 @@ fn mix_before(graph: &mut Graph, linear: &Linear, weights: &[Outlet], pass: &str
 }
 
 /// Names for a value and a node before the layer.
-fn names(graph: &Graph, linear: &Linear, pass: &str) -> (String, String) {
+pub(super) fn names(graph: &Graph, linear: &Linear, pass: &str) -> (String, String) {
     let node = graph.op(linear.node).map_or("", Op::name);
     let node = if node.is_empty() { String::new() } else { format!("{node}.{pass}") };
     (format!("{}.{pass}", graph.name(linear.node.out())), node)
@@ -156,7 +201,7 @@ fn convolve(graph: &mut Graph, linear: &Linear, (layouts, weights): (&[Layout], 
 }
 
 /// The part of a convolution that reaches along some axes of its kernel.
-fn part(whole: &Op, layout: &Layout) -> Option<Op> {
+pub(super) fn part(whole: &Op, layout: &Layout) -> Option<Op> {
     let axes = layout.along.len();
     let kind = if layout.reaches() { whole.standard()? } else { "Conv" };
     let kernel: Vec<_> = layout.dims[2..].iter().map(|&extent| extent as i64).collect();

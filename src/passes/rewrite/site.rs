@@ -10,9 +10,10 @@ use crate::{
     analysis::{
         linear::Linear,
         moments::{Moments, Table, together_of_kept},
+        shapes::Shapes,
     },
-    factor::{Metric, Shape, Target},
-    ir::{Graph, Inlet, NodeId, Outlet, Weight},
+    factor::{Family, Metric, Shape, Target},
+    ir::{DType, Graph, Inlet, NodeId, Outlet, Weight},
     pass::Context,
     refit::{Bias, Kept},
 };
@@ -26,6 +27,8 @@ pub(in crate::passes) struct Site {
     /// The layers as y = W·x, if all of them are of one form.
     views: Option<Vec<Linear>>,
     stacked: bool,
+    /// How many axes what plain matrices multiply has, where that is one count and was [looked up](Self::look_up_rank).
+    pub(super) rank: Option<usize>,
     /// What the layers read, if that is known.
     pub(super) known: Option<Known>,
     /// A hash of the weight and of what is known of what it multiplies.
@@ -172,12 +175,47 @@ impl Site {
         }
         let name = graph.name(weight).to_owned();
         let stacked = tensor.dims().len() > 2;
-        Ok(Self { name, weight, readers, shape, views: linear, stacked, known, key: hasher.digest() })
+        Ok(Self { name, weight, readers, shape, views: linear, stacked, rank: None, known, key: hasher.digest() })
     }
 
     /// Whether the weight is a stack of matrices, by which a vector can't be multiplied twice.
     pub(in crate::passes) fn is_stack(&self) -> bool {
         matches!(self.readers, Readers::Dense(_)) && self.stacked
+    }
+
+    /// Looks up how many axes what plain matrices multiply has, which some forms go by.
+    pub(in crate::passes) fn look_up_rank(&mut self, graph: &Graph, shapes: &Shapes) {
+        let ranks: Vec<_> = self.operands(graph).map(|value| shapes.rank(value)).collect();
+        self.rank = ranks.first().copied().flatten().filter(|_| ranks.iter().all(|rank| *rank == ranks[0]));
+    }
+
+    /// Whether the layers can become chains of a family.
+    pub(in crate::passes) fn fits(&self, graph: &Graph, family: Family) -> bool {
+        let is_dense = matches!(self.readers, Readers::Dense(_));
+        let is_known = || {
+            let is_float = self
+                .stored(graph)
+                .is_some_and(|weight| [DType::Float, DType::Double, DType::Float16].contains(&weight.value().dtype()));
+            let takes_bias = |linear: &Linear| {
+                let added = graph.operand(linear.node, 2).and_then(|bias| graph.constant(bias));
+                graph.operand(linear.node, 2).is_none()
+                    || added.is_some_and(|bias| [1, linear.output_channels()].contains(&bias.len()))
+            };
+            let layers = self.linear();
+            is_float && !layers.is_empty() && layers.iter().all(|linear| !linear.is_recurrent() && takes_bias(linear))
+        };
+        // Shapes are operands from opset 5 on.
+        let most = match family {
+            Family::Grouped { .. } => 3,
+            _ => usize::MAX,
+        };
+        let is_of_rows = || graph.opset() >= 5 && self.rank.is_some_and(|rank| (2..=most).contains(&rank));
+        family.fits(&self.shape)
+            && match family {
+                Family::Grouped { .. } => is_known() && (!is_dense || is_of_rows()),
+                Family::Kronecker => is_dense && is_known() && is_of_rows(),
+                _ => true,
+            }
     }
 
     /// The values that the layers multiply.

@@ -75,6 +75,10 @@ impl Rule<'_> {
         }
         let list = self.graph.constant(indices).filter(|_| rows == 1).and_then(Tensor::i64s);
         if let Some(list) = list {
+            if self.channels.apart.contains(&self.node) {
+                self.seen.extend([(x, at), (y, at), (indices, 0)]);
+                return Some(());
+            }
             let extent = self.channels.extent(x, at)?;
             let wrap = |i: &i64| usize::try_from(if *i < 0 { i + extent as i64 } else { *i }).ok();
             let list: Vec<_> = list.iter().map(wrap).collect::<Option<_>>()?;

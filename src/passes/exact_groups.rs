@@ -1,0 +1,115 @@
+//! See [`ExactGroups`].
+
+use std::collections::BTreeSet;
+
+use nalgebra::DMatrix;
+
+use super::{
+    reorder::settle,
+    rewrite::{Replacement, Site, Statistics},
+};
+use crate::{
+    factor::{Family, Form, Orders, Shape, components},
+    ir::{DType, Graph, Tensor},
+    pass::{Context, Declare, Fidelity, Pass},
+};
+
+/// Put layers in groups where channels are read by some only.
+///
+/// Where the weights of a `Conv`, `ConvTranspose`, `Gemm` or `MatMul` are zero between all channels of one part and those of another,
+/// in whatever order they stand, the layer becomes a convolution in as many groups as there are parts of equal size. The layers
+/// around hold their channels in the order of the groups; a `Gather` remains where they can't.
+///
+/// Applies when: the weight has at least 1 024 elements of 32 bits, and is no input or output of something else. In the bodies of
+/// control flow, nothing is looked for.
+///
+/// Fidelity: rounding.
+#[derive(Debug, clap::Parser)]
+#[command(name = "exact-groups")]
+pub(super) struct ExactGroups {}
+
+impl Declare for ExactGroups {
+    const NAME: &'static str = "exact-groups";
+    const FIDELITY: Fidelity = Fidelity::Rounding;
+}
+
+/// Elements that a weight must have for the nodes around it to be worth it.
+const LEAST: usize = 1024;
+
+impl Pass for ExactGroups {
+    fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
+        let weights: BTreeSet<_> = graph
+            .ops()
+            .into_iter()
+            .filter(|&id| {
+                ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|kind| graph.op_of(id, kind).is_some())
+            })
+            .filter_map(|id| graph.operand(id, 1))
+            .filter(|&weight| graph.constant(weight).is_some_and(is_suspect))
+            .collect();
+        if weights.is_empty() {
+            return Ok(());
+        }
+        let (shapes, statistics, mut gathers, mut grouped) =
+            (cx.shapes(graph), Statistics::default(), BTreeSet::new(), 0);
+        for weight in weights {
+            let Ok(mut site) = Site::of(graph, weight, (&statistics, cx), false) else { continue };
+            site.look_up_rank(graph, &shapes);
+            if site.is_stack() || !site.fits(graph, Family::Grouped { bypass: 0 }) {
+                continue;
+            }
+            let Some((form, chain)) = exact(graph, &site, &statistics) else { continue };
+            let mut next = graph.clone();
+            if let Some(regrouped) = site.replace(&mut next, form, &chain, Self::NAME) {
+                *graph = next;
+                gathers.extend(regrouped.into_iter().flat_map(|regrouped| regrouped.gathers));
+                grouped += site.readers();
+            }
+        }
+        settle(graph, &gathers, cx, Self::NAME);
+        cx.add("layers put in groups", grouped);
+        Ok(())
+    }
+}
+
+/// Whether the first slice of a weight along its first axis, and that along its second, are half zeros at least, as those of any
+/// weight in groups are.
+fn is_suspect(tensor: &Tensor) -> bool {
+    let [rows, columns, kernel @ ..] = tensor.dims() else { return false };
+    if tensor.dtype() != DType::Float || tensor.len() < LEAST {
+        return false;
+    }
+    let taps: usize = kernel.iter().product();
+    let is_sparse = |count: usize, step: usize| {
+        let values = tensor.floats_at((0..count).map(|i| i * step));
+        values.is_some_and(|values| values.iter().filter(|value| **value == 0.0).count() * 2 >= count)
+    };
+    is_sparse(*columns, taps) && is_sparse(*rows, columns * taps)
+}
+
+/// The layer in groups that computes the same, if there is one.
+fn exact(graph: &Graph, site: &Site, statistics: &Statistics) -> Option<(Form, Replacement)> {
+    let target = site.target(graph, statistics)?;
+    let shape = &target.shape;
+    let found: Vec<_> =
+        target.matrices.iter().map(|matrix| components(&presence(matrix, shape))).collect::<Option<_>>()?;
+    let parts = found.iter().map(|(parts, _)| *parts).min()?;
+    let is_same = found.iter().all(|(own, _)| *own == parts);
+    let mut chain = Replacement { stages: vec![Vec::new()], lost: None, orders: Some(Orders::default()), error: 0.0 };
+    let (orders, stage) = (chain.orders.as_mut()?, chain.stages.first_mut()?);
+    for (place, (matrix, (_, own))) in target.matrices.iter().zip(&found).enumerate() {
+        stage.extend(own.weight(matrix, shape, parts));
+        orders.reads.extend(own.reads.iter().map(|channel| place * shape.reads + channel));
+        orders.makes.extend(own.makes.iter().map(|channel| place * shape.makes + channel));
+    }
+    is_same.then_some((Form::Grouped { parts, bypass: 0 }, chain))
+}
+
+/// Which channels are made of which: 1 where some weight is not zero.
+fn presence(matrix: &DMatrix<f64>, shape: &Shape) -> DMatrix<f64> {
+    let (rows, columns) = if shape.spreads { (shape.taps(), 1) } else { (1, shape.taps()) };
+    DMatrix::from_fn(shape.makes, shape.reads, |made, read| {
+        let block = matrix.view((made * rows, read * columns), (rows, columns));
+        f64::from(u8::from(block.iter().any(|&value| value != 0.0)))
+    })
+}
