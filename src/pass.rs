@@ -58,6 +58,11 @@ pub trait Pass: fmt::Debug + Send + Sync {
     fn is_fixed(&self) -> bool {
         true
     }
+
+    /// How many kinds of changes it can be told to prefer to others (see [`Price::prefers`]).
+    fn kinds(&self) -> usize {
+        0
+    }
 }
 
 /// A pass as the command line knows it.
@@ -149,13 +154,24 @@ pub struct Price {
     pub steps: usize,
     /// What may be saved on top by steps that save less each, at any price; the last one may go beyond.
     pub spare: f64,
+    /// What a pass that has several kinds of changes is to prefer.
+    pub prefers: Option<Preference>,
+}
+
+/// A kind of change that a pass is to prefer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Preference {
+    /// Which of them.
+    pub kind: usize,
+    /// Whether what can't be changed so is left alone.
+    pub only: bool,
 }
 
 impl Price {
     /// A price for each byte, whatever the error of one layer.
     #[must_use]
     pub const fn per_byte(per_byte: f64) -> Self {
-        Self { per_byte, ceiling: f64::INFINITY, steps: usize::MAX, spare: 0.0 }
+        Self { per_byte, ceiling: f64::INFINITY, steps: usize::MAX, spare: 0.0, prefers: None }
     }
 }
 

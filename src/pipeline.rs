@@ -54,6 +54,15 @@ impl Item {
     pub fn is_free(&self) -> bool {
         matches!(self, Self::Pass(step) if step.info.fidelity == Fidelity::Lossy && !step.pass.is_fixed())
     }
+
+    /// How many kinds of changes it can be told to prefer.
+    #[must_use]
+    pub fn kinds(&self) -> usize {
+        match self {
+            Self::Pass(step) if self.is_free() => step.pass.kinds(),
+            _ => 0,
+        }
+    }
 }
 
 /// What is wrong with `--passes`.

@@ -27,7 +27,7 @@ pub(super) enum Group {
 }
 
 /// More groups than this are not looked at unless they are asked for.
-const MAX_PARTS: usize = 32;
+const MAX_PARTS: usize = 8;
 
 /// The weights of the layers of a chain, and what they make together.
 pub(super) type Weights = (Vec<Vec<f64>>, DMatrix<f64>);

@@ -42,15 +42,26 @@ const FAMILIES: &[Family] = &[
     Family::Kronecker,
 ];
 
+/// Kinds of splits: where one is chosen layer by layer, what the refit makes up for of each is not known yet.
+const KINDS: [&[Family]; 2] = [
+    &[Family::After, Family::Before, Family::Both],
+    &[Family::Spatial { first: 0 }, Family::Spatial { first: 1 }, Family::Spatial { first: 2 }],
+];
+
 impl Pass for Factor {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(None, self.energy, false);
-        let rewrite = Rewrite { name: Self::NAME, families: FAMILIES, strength, wants: "" };
+        let preferred = cx.price.prefers.map_or(&[][..], |preference| KINDS[preference.kind]);
+        let rewrite = Rewrite { name: Self::NAME, families: FAMILIES, preferred, strength, wants: "" };
         rewrite.start(graph, cx);
         Ok(())
     }
 
     fn is_fixed(&self) -> bool {
         self.energy.is_some()
+    }
+
+    fn kinds(&self) -> usize {
+        KINDS.len()
     }
 }

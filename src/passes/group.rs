@@ -38,8 +38,13 @@ impl Pass for Group {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(self.groups, None, false);
         let wants = "has no two channels to put apart";
-        let rewrite =
-            Rewrite { name: Self::NAME, families: &[Family::Grouped { bypass: self.bypass }], strength, wants };
+        let rewrite = Rewrite {
+            name: Self::NAME,
+            families: &[Family::Grouped { bypass: self.bypass }],
+            preferred: &[],
+            strength,
+            wants,
+        };
         rewrite.start(graph, cx);
         Ok(())
     }

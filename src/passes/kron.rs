@@ -33,7 +33,7 @@ impl Pass for Kron {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(self.terms, None, false);
         let wants = "is no matrix that rows are multiplied by, of extents that are no primes";
-        let rewrite = Rewrite { name: Self::NAME, families: &[Family::Kronecker], strength, wants };
+        let rewrite = Rewrite { name: Self::NAME, families: &[Family::Kronecker], preferred: &[], strength, wants };
         rewrite.start(graph, cx);
         Ok(())
     }

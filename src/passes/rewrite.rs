@@ -66,6 +66,8 @@ pub(super) struct Rewrite<'a> {
     /// The name of the pass.
     pub(super) name: &'static str,
     pub(super) families: &'a [Family],
+    /// Those of which one is chosen wherever any makes a layer cheaper.
+    pub(super) preferred: &'a [Family],
     pub(super) strength: Strength,
     /// What is said of layers that have no kernel which fits the families, if that is worth a word.
     pub(super) wants: &'static str,
@@ -186,6 +188,7 @@ impl Rewrite<'_> {
             let target = if site.fits(graph, family) { site.target(graph, &statistics) } else { None };
             target.map_or_else(Vec::new, |target| self.curve(&target, family))
         });
+        let only = cx.price.prefers.is_some_and(|preference| preference.only) && !self.preferred.is_empty();
         let mut unknown = Vec::new();
         let choices = |(site, curves): (Site, &[Arc<Curve>])| {
             let Some(costs) = Costs::of(graph, shapes, &site, cx.minimize) else {
@@ -199,6 +202,10 @@ impl Rewrite<'_> {
                 if self.strength.is_fixed() { c.form.elements(shape) < shape.elements() } else { c.cost < costs.whole }
             };
             candidates.retain(is_cheaper);
+            let is_preferred = |c: &Candidate| self.preferred.contains(&c.form.family());
+            if only || candidates.iter().any(is_preferred) {
+                candidates.retain(is_preferred);
+            }
             candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
             let curve = curves.iter().find(|curve| !curve.is_empty()).cloned().unwrap_or_default();
             Some(Choices { site, costs, candidates, curve, probes: Vec::new() })

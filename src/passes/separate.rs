@@ -35,7 +35,13 @@ impl Pass for Separate {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(self.multiplier, None, false);
         let families = &[Family::Separate, Family::Mixed];
-        let rewrite = Rewrite { name: Self::NAME, families, strength, wants: "has no kernel of several channels" };
+        let rewrite = Rewrite {
+            name: Self::NAME,
+            families,
+            preferred: &[],
+            strength,
+            wants: "has no kernel of several channels",
+        };
         rewrite.start(graph, cx);
         Ok(())
     }

@@ -37,7 +37,13 @@ impl Declare for Spatial {
 impl Pass for Spatial {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(self.rank, self.energy, false);
-        let rewrite = Rewrite { name: Self::NAME, families: SPATIAL, strength, wants: "has no kernel of two axes" };
+        let rewrite = Rewrite {
+            name: Self::NAME,
+            families: SPATIAL,
+            preferred: &[],
+            strength,
+            wants: "has no kernel of two axes",
+        };
         rewrite.start(graph, cx);
         Ok(())
     }

@@ -52,7 +52,7 @@ impl Svd {
 impl Pass for Svd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let families = &[Family::After, Family::Before];
-        let rewrite = Rewrite { name: Self::NAME, families, strength: self.strength(), wants: "" };
+        let rewrite = Rewrite { name: Self::NAME, families, preferred: &[], strength: self.strength(), wants: "" };
         rewrite.start(graph, cx);
         Ok(())
     }

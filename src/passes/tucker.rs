@@ -33,7 +33,8 @@ impl Declare for Tucker {
 impl Pass for Tucker {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(None, self.energy, false);
-        let rewrite = Rewrite { name: Self::NAME, families: &[Family::Both], strength, wants: "has no kernel" };
+        let rewrite =
+            Rewrite { name: Self::NAME, families: &[Family::Both], preferred: &[], strength, wants: "has no kernel" };
         rewrite.start(graph, cx);
         Ok(())
     }

@@ -2,7 +2,11 @@
 
 use serde::Serialize;
 
-use super::{Job, ShrinkError, land::land, stage::Stage};
+use super::{
+    Job, ShrinkError,
+    land::land,
+    stage::{Effort, Stage},
+};
 use crate::{
     analysis::cost::Cost,
     codec::Model,
@@ -53,7 +57,7 @@ pub(super) fn links(
             Err(ShrinkError::OutOfReach { .. }) => break,
             landing => landing?,
         };
-        let result = stage.run(cx, &|i| Some(landing.price(i)), stage.judge.as_ref(), progress)?;
+        let result = stage.run(cx, &|i| Some(landing.price(i)), (stage.judge.as_ref(), Effort::Most), progress)?;
         let difference = last.compare(&result.model)?;
         let certificate = Certificate::of(&difference).ok();
         let bound = certificate.as_ref().map_or(1.0, |certificate| certificate.bound);

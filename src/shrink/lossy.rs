@@ -1,7 +1,10 @@
 //! Pipelines with lossy passes: those of a given strength run as they are, the others as far as the budget allows.
 
 use super::{
-    BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, chain, land, search::Search, stage::Stage, within,
+    BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Report, ShrinkError, chain, land,
+    search::Search,
+    stage::{Effort, Stage},
+    within,
 };
 use crate::{
     analysis::{cost::Cost, linear::Linear},
@@ -81,7 +84,8 @@ impl<'a> Lossy<'a> {
         }
         let is_given = |i: usize| !stage.items[i].is_free();
         let is_lossy = (0..stage.items.len()).any(|i| is_given(i) && stage.items[i].fidelity() == Fidelity::Lossy);
-        let left = stage.run(cx, &|i| is_given(i).then(Price::default), stage.judge.as_ref(), self.progress)?;
+        let judge = (stage.judge.as_ref(), Effort::Most);
+        let left = stage.run(cx, &|i| is_given(i).then(Price::default), judge, self.progress)?;
         self.report.passes = left.outcomes;
         let left = left.model;
         self.warn_of_chance(&left, cx);
@@ -113,8 +117,9 @@ impl<'a> Lossy<'a> {
     /// Finds the price at which the result has the cost that is asked for, runs the passes at it, and checks what was given
     /// beside it.
     fn land(mut self, stage: &Stage<'_>, target: f64, cx: &mut Context) -> Result<Model, ShrinkError> {
-        let landing = land::land(stage, (self.job, target), &self.report.before, None, cx, self.progress)?;
-        let result = stage.run(cx, &|i| Some(landing.price(i)), stage.judge.as_ref(), self.progress)?;
+        let landing = land::best(stage, (self.job, target), &self.report.before, cx, self.progress)?;
+        let judge = (stage.judge.as_ref(), Effort::Most);
+        let result = stage.run(cx, &|i| Some(landing.price(i)), judge, self.progress)?;
         self.warn_of_chance(&result.model, cx);
         self.report.passes = result.outcomes;
         self.report.budget = self.job.max_error;

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{ShrinkError, stage::Stage};
+use super::{
+    ShrinkError,
+    stage::{Effort, Stage},
+};
 use crate::{
     codec::Model,
     pass::{Context, Fidelity, Price},
@@ -325,7 +328,7 @@ impl<'a> Search<'a> {
         progress(&format!("search step {}{}", self.tried, self.least.map(share).unwrap_or_default()));
         let own = |i: usize| (!left_out.contains(&i)).then_some(prices[i]);
         let judge = Some(self.reference).filter(|_| self.refused < MAX_REFUSED);
-        let mut result = self.stage.run(self.cx, &own, judge, progress)?;
+        let mut result = self.stage.run(self.cx, &own, (judge, Effort::Most), progress)?;
         match &result.difference {
             _ if result.refitted => self.refused = 0,
             Some(plain) if result.is_new && plain.error <= self.aim * WITHIN_REACH => self.refused += 1,

@@ -37,6 +37,15 @@ pub(super) struct Stage<'a> {
     pub(super) judge: Option<Reference>,
 }
 
+/// How much is done to bring a model closer to the original.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effort {
+    /// As much as tells which of several models is closest.
+    Least,
+    /// All.
+    Most,
+}
+
 /// Bytes of models that are kept with what came of refitting them: 256 MB.
 const MAX_KEPT: usize = 1 << 28;
 
@@ -126,7 +135,7 @@ impl<'a> Stage<'a> {
         &self,
         cx: &mut Context,
         price: &dyn Fn(usize) -> Option<Price>,
-        judge: Option<&Reference>,
+        (judge, effort): (Option<&Reference>, Effort),
         progress: &mut dyn FnMut(&str),
     ) -> std::result::Result<Result, ShrinkError> {
         let (mut model, mut outcomes) = self.start.clone();
@@ -140,12 +149,13 @@ impl<'a> Stage<'a> {
             }
             if let (true, true, Some(judge)) = (Some(i) == last, cx.refit && !self.fit.is_empty(), judge) {
                 let bytes = model.encode();
-                let (key, refits) = (xxh3_64(&bytes), || self.refits.lock().unwrap_or_else(PoisonError::into_inner));
+                let key = xxh3_64(&bytes) ^ u64::from(effort == Effort::Least);
+                let (key, refits) = (key, || self.refits.lock().unwrap_or_else(PoisonError::into_inner));
                 let known = refits().iter().find(|(known, _)| *known == key).map(|(_, refit)| refit.clone());
                 is_new = known.is_none();
                 let refit = match known {
                     Some(known) => known,
-                    None => self.refit(&model, &cx.kept, judge, progress)?,
+                    None => self.refit(&model, &cx.kept, (judge, effort), progress)?,
                 };
                 if is_new {
                     let mut refits = refits();
@@ -168,7 +178,7 @@ impl<'a> Stage<'a> {
         &self,
         model: &Model,
         kept: &Kept,
-        judge: &Reference,
+        (judge, effort): (&Reference, Effort),
         progress: &mut dyn FnMut(&str),
     ) -> std::result::Result<Refit, ShrinkError> {
         let mut run = |model: &Model, ways: &[Fit], originals: &Originals, samples: &[Vec<Value>]| {
@@ -180,7 +190,8 @@ impl<'a> Stage<'a> {
             Ok::<_, ShrinkError>(fitted)
         };
         let (mut ways, mut best) = (&[][..], (model.clone(), judge.compare(model)?));
-        let candidates: &[&[Fit]] = if self.choose.is_empty() {
+        let is_chosen = effort == Effort::Most && !self.choose.is_empty();
+        let candidates: &[&[Fit]] = if !is_chosen {
             &[&[Fit::Weights]]
         } else {
             &[&[Fit::Weights], &[Fit::Weights, Fit::Statistics], &[Fit::Statistics]]
@@ -196,7 +207,7 @@ impl<'a> Stage<'a> {
             }
         }
         let judged = best.1.error;
-        if ways.is_empty() || self.choose.is_empty() {
+        if ways.is_empty() || !is_chosen {
             let (model, difference) = best;
             return Ok(Refit { model, helped: !ways.is_empty(), difference: Some(difference), judged });
         }
