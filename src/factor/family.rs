@@ -159,8 +159,9 @@ impl Prepared {
         let shape = &target.shape;
         let layouts = form.layouts(shape);
         let mut fitted = Fitted { stages: vec![Vec::new(); layouts.len()], whole: Vec::new(), orders: None };
-        for (place, (group, matrix)) in self.groups.iter().zip(&target.matrices).enumerate() {
-            let (weights, made) = group.fit(matrix, shape, form)?;
+        let known = target.matrices.iter().zip(&target.metrics);
+        for (place, (group, known)) in self.groups.iter().zip(known).enumerate() {
+            let (weights, made) = group.fit(known, shape, form)?;
             fitted.stages.iter_mut().zip(weights).for_each(|(stage, own)| stage.extend(own));
             fitted.whole.push(made);
             if let Some(orders) = group.orders(form) {

@@ -25,7 +25,26 @@ pub(super) struct Block {
     pub(super) weights: DMatrix<f64>,
 }
 
+/// Elements of the features of a layer times what it reads, and of what they have in common: 256 MB each.
+const MAX_ELEMENTS: usize = 1 << 25;
+
 impl Features {
+    /// The first rows of these, of vectors of `size` elements: as many as can be held.
+    pub(super) fn of_blocks(blocks: Vec<Block>, size: usize) -> Self {
+        let features = Self { blocks };
+        let most = (MAX_ELEMENTS / (features.blocks.len() * size).max(1)).max(1);
+        if features.rows() > most { features.first(most) } else { features }
+    }
+
+    /// The first rows of them.
+    pub(super) fn first(&self, rows: usize) -> Self {
+        let of_block = |block: &Block| {
+            let rows = rows.min(block.weights.nrows());
+            Block { support: block.support.clone(), weights: block.weights.rows(0, rows).into_owned() }
+        };
+        Self { blocks: self.blocks.iter().map(of_block).collect() }
+    }
+
     /// How many rows there are.
     pub(super) fn rows(&self) -> usize {
         self.blocks.first().map_or(0, |block| block.weights.nrows())

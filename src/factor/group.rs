@@ -111,7 +111,7 @@ impl Group {
     }
 
     /// The weights of the layers of a chain, and what they make together.
-    pub(super) fn fit(&self, matrix: &DMatrix<f64>, shape: &Shape, form: Form) -> Option<Weights> {
+    pub(super) fn fit(&self, (matrix, metric): (&DMatrix<f64>, &Metric), shape: &Shape, form: Form) -> Option<Weights> {
         let size = matrix.ncols();
         match (self, form) {
             (Self::Spectrum(spectrum), Form::Ranks { after: Some(rank), before: None }) if shape.spreads => {
@@ -134,7 +134,7 @@ impl Group {
                 Some((vec![flat(&first), flat(&weights)], features.expand(&weights, size)))
             }
             (Self::Turned(features, told, _), Form::Ranks { before: Some(before), after: Some(after) }) => {
-                both(features, told, (before, after), size)
+                both((features, told), (before, after), (matrix, metric), shape)
             }
             (Self::Told(features, told), Form::Separate { multiplier }) => {
                 Some(depthwise_first(features, told, multiplier, size))
@@ -167,15 +167,37 @@ fn turned_at_each_place(spectrum: &Spectrum, matrix: &DMatrix<f64>, shape: &Shap
     (vec![core.as_slice().to_vec(), flat(&basis)], whole)
 }
 
-/// Mixed before and after the kernel: of all that the features tell, the strongest directions (reduced-rank regression).
-fn both(features: &Features, told: &Told, (before, after): (usize, usize), size: usize) -> Option<Weights> {
-    let own = told.crossed.rows(0, before * features.blocks.len()).into_owned();
-    let turn = Spectrum::of(&own.transpose(), None)?.basis;
-    let turn = turn.columns(0, after.min(turn.ncols())).into_owned();
-    let core = product(&turn.transpose(), &told.solve(before));
-    let first = features.blocks.first()?.weights.rows(0, before).into_owned();
-    let whole = features.expand(&product(&turn, &core), size);
-    Some((vec![flat(&first), flat(&core), flat(&turn)], whole))
+/// Rounds of choosing what is mixed before the kernel for what is kept after it, and the other way around.
+const SWEEPS: usize = 3;
+
+/// Mixed before and after the kernel: of all that the features tell, the strongest directions (reduced-rank regression); then features
+/// that tell most of these, and so on while that comes closer (alternating least squares).
+fn both(
+    (features, told): (&Features, &Told),
+    (before, after): (usize, usize),
+    (matrix, metric): (&DMatrix<f64>, &Metric),
+    shape: &Shape,
+) -> Option<Weights> {
+    let fit = |features: &Features, told: &Told| {
+        let own = told.crossed.rows(0, before * features.blocks.len()).into_owned();
+        let turn = Spectrum::of(&own.transpose(), None)?.basis;
+        let turn = turn.columns(0, after.min(turn.ncols())).into_owned();
+        let energy = product(&own, &turn).norm_squared();
+        let core = product(&turn.transpose(), &told.solve(before));
+        let first = features.blocks.first()?.weights.rows(0, before).into_owned();
+        let whole = features.expand(&product(&turn, &core), matrix.ncols());
+        Some((energy, turn.clone(), (vec![flat(&first), flat(&core), flat(&turn)], whole)))
+    };
+    let (mut energy, mut turn, mut best) = fit(features, told)?;
+    for _ in 0..SWEEPS {
+        let kept = product(&turn, &product(&turn.transpose(), matrix));
+        let Some(features) = self::before(&kept, metric, shape) else { break };
+        let features = features.first(before);
+        let Some(told) = Told::of(&features, matrix, metric) else { break };
+        let Some((found, next, weights)) = fit(&features, &told).filter(|(found, ..)| *found > energy) else { break };
+        (energy, turn, best) = (found, next, weights);
+    }
+    Some(best)
 }
 
 fn depthwise_first(features: &Features, told: &Told, multiplier: usize, size: usize) -> Weights {
@@ -265,7 +287,8 @@ fn alike(matrix: &DMatrix<f64>, metric: &Metric, supports: Vec<Vec<usize>>) -> O
     let parts: Vec<_> = supports.iter().map(|support| matrix.select_columns(support).transpose()).collect();
     let reads = crate::analysis::moments::side_by_side(parts.iter());
     let weights = encoders(&reads, metric.mean_block(&supports, matrix.ncols()).as_ref())?;
-    Some(Features { blocks: supports.into_iter().map(|support| Block { support, weights: weights.clone() }).collect() })
+    let of_block = |support| Block { support, weights: weights.clone() };
+    Some(Features::of_blocks(supports.into_iter().map(of_block).collect(), matrix.ncols()))
 }
 
 /// Kernels for each channel by itself.
@@ -279,5 +302,5 @@ fn separate(matrix: &DMatrix<f64>, metric: &Metric, shape: &Shape) -> Option<Fea
         let weights = encoders(&reads, spread.as_ref()).or_else(|| encoders(&reads, None))?;
         Some(Block { support, weights })
     };
-    Some(Features { blocks: (0..shape.reads).map(block).collect::<Option<_>>()? })
+    Some(Features::of_blocks((0..shape.reads).map(block).collect::<Option<_>>()?, matrix.ncols()))
 }

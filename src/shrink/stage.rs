@@ -191,10 +191,10 @@ impl<'a> Stage<'a> {
         };
         let (mut ways, mut best) = (&[][..], (model.clone(), judge.compare(model)?));
         let is_chosen = effort == Effort::Most && !self.choose.is_empty();
-        let candidates: &[&[Fit]] = if !is_chosen {
-            &[&[Fit::Weights]]
-        } else {
+        let candidates: &[&[Fit]] = if is_chosen {
             &[&[Fit::Weights], &[Fit::Weights, Fit::Statistics], &[Fit::Statistics]]
+        } else {
+            &[&[Fit::Weights]]
         };
         for candidate in candidates {
             let fitted = match candidate {
