@@ -3,6 +3,7 @@
 
 mod bias;
 mod chain;
+mod kept;
 mod statistics;
 mod walk;
 
@@ -15,6 +16,7 @@ use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
 
 pub(crate) use self::bias::{Bias, set_matrices};
+pub use self::kept::{Factored, Kept, Left, Moved};
 use self::{chain::Chain, walk::Walk};
 use crate::{
     analysis::{
@@ -22,7 +24,6 @@ use crate::{
         moments::{self, side_by_side},
     },
     codec::Model,
-    factor::{Form, Shape},
     ir::{Graph, NodeId, Outlet},
     linalg::{Cholesky, add_cross, product},
     verify::{Cannot, Engine, Value},
@@ -34,133 +35,6 @@ const NAME: &str = "refit";
 const ROUNDS: usize = 4;
 /// A weight may grow by this much (algorithms.md §0.5): beyond, the system was too badly conditioned.
 const MAX_GROWTH: f64 = 10.0;
-
-/// Which channels are left of values, by the name of the value and the axis.
-pub type Left = BTreeMap<String, BTreeMap<usize, Vec<usize>>>;
-
-/// What the values of a compressed model are of those of the original.
-#[derive(Clone, Debug, Default)]
-pub struct Kept {
-    left: Left,
-    mixed: BTreeMap<String, Mixed>,
-    factored: BTreeMap<String, Factored>,
-    moved: BTreeMap<String, Moved>,
-}
-
-/// That a value holds what a layer makes in the original.
-#[derive(Clone, Debug)]
-pub struct Moved {
-    /// The value of the original.
-    pub original: String,
-    /// The layer as it was.
-    pub linear: Linear,
-}
-
-/// That a chain of layers makes a value in place of one.
-#[derive(Clone, Debug)]
-pub struct Factored {
-    /// The layer as it was.
-    pub linear: Linear,
-    /// What the chain is.
-    pub form: Form,
-    /// The axes of the layer's weight.
-    pub shape: Shape,
-}
-
-/// That a value holds `matrix`·y of the channels `left`, y, of a value of the original.
-#[derive(Clone, Debug)]
-struct Mixed {
-    axis: usize,
-    left: Vec<usize>,
-    matrix: DMatrix<f64>,
-}
-
-impl Kept {
-    /// Forgets all.
-    pub fn clear(&mut self) {
-        *self = Self::default();
-    }
-
-    /// Notes which channels are left of those that there were.
-    pub fn narrow(&mut self, left: Left) {
-        for (name, axes) in left {
-            let known = self.left.entry(name.clone()).or_default();
-            for (axis, left) in axes {
-                if let Some(mixed) = self.mixed.get_mut(&name).filter(|mixed| mixed.axis == axis) {
-                    mixed.matrix = mixed.matrix.select_rows(&left);
-                }
-                let all = match known.remove(&axis) {
-                    Some(before) => left.iter().map(|&i| before[i]).collect(),
-                    None => left,
-                };
-                known.insert(axis, all);
-            }
-        }
-    }
-
-    /// Notes that the value `name` now holds `matrix` times its channels along `axis`.
-    pub fn mix(&mut self, name: &str, axis: usize, matrix: &DMatrix<f64>) {
-        let left = self.left.get(name).and_then(|axes| axes.get(&axis)).cloned();
-        let left = left.unwrap_or_else(|| (0..matrix.ncols()).collect());
-        let mixed = self.mixed.entry(name.to_owned());
-        let mixed = mixed.or_insert_with(|| Mixed { axis, matrix: DMatrix::identity(left.len(), left.len()), left });
-        mixed.matrix = matrix * &mixed.matrix;
-    }
-
-    /// Notes that the value `name` is now made by a chain.
-    pub fn replace(&mut self, name: String, factored: Factored) {
-        self.factored.insert(name, factored);
-    }
-
-    /// Notes that the value `name` holds, along axis 1, the channels that another held, in this order.
-    pub fn reorder(&mut self, name: String, moved: Moved, order: &[usize]) {
-        let before = self.left.get(&moved.original).and_then(|axes| axes.values().next());
-        let left = order.iter().map(|&channel| before.map_or(channel, |before| before[channel])).collect();
-        if let Some(mixed) = self.mixed.get(&moved.original) {
-            let matrix = mixed.matrix.select_rows(order);
-            self.mixed.insert(name.clone(), Mixed { axis: 1, left: mixed.left.clone(), matrix });
-        }
-        self.left.insert(name.clone(), BTreeMap::from([(1, left)]));
-        self.moved.insert(name, moved);
-    }
-
-    /// The name of the value of the original that the value `name` stands for.
-    fn original<'a>(&'a self, name: &'a str) -> &'a str {
-        self.moved.get(name).map_or(name, |moved| &moved.original)
-    }
-
-    /// The channels of the value `name` along `axis` that are left, where some are not.
-    #[must_use]
-    pub fn left(&self, name: &str, axis: usize) -> Option<&[usize]> {
-        self.left.get(name)?.get(&axis).map(Vec::as_slice)
-    }
-
-    /// The channels of the value `name` that are left, along whichever axis: none but all where none went, and `None` where
-    /// some went along several axes, or where it holds mixtures of them.
-    #[must_use]
-    pub fn channels_of(&self, name: &str) -> Option<Option<&[usize]>> {
-        if self.mixed.contains_key(name) {
-            return None;
-        }
-        let Some(axes) = self.left.get(name) else { return Some(None) };
-        let mut axes = axes.values();
-        let only = axes.next().map(Vec::as_slice);
-        axes.next().is_none().then_some(only)
-    }
-
-    fn touches(&self, name: &str) -> bool {
-        self.left.contains_key(name)
-    }
-
-    /// What the compressed model is to make of `rows`, the channels of the value `name` of the original along `axis`.
-    fn of_original(&self, name: &str, axis: usize, rows: &DMatrix<f32>) -> DMatrix<f32> {
-        match (self.mixed.get(name), self.left(name, axis)) {
-            (Some(mixed), _) => mixed.matrix.map(|v| v as f32) * rows.select_rows(&mixed.left),
-            (None, Some(left)) => rows.select_rows(left),
-            (None, None) => rows.clone(),
-        }
-    }
-}
 
 /// What of layers is fitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -156,6 +156,8 @@ pub(super) fn land(
     let fresh =
         || Shares { factors: vec![1.0; stage.items.len()], last: free.last().copied(), alone: None, prefers: None };
     let mut shares = known.map_or_else(fresh, |known| known.shares.clone());
+    // What the model minds is measured where a pass first asks for it: on a model that others have not taken to pieces.
+    stage.run(cx, &|_| Some(Price::default()), (None, Effort::Least), progress)?;
     let mut found = price(stage, job, target, before, &shares, cx, progress)?;
     // What is fixed adds an error of its own to each of them, so then their predictions stay as they are.
     let is_alone = (0..stage.items.len()).all(|i| free.contains(&i) || stage.items[i].fidelity() != Fidelity::Lossy);
@@ -200,8 +202,6 @@ fn price(
     };
     let at = |power: f64| Price::per_byte(libm::pow(10.0, power));
     let (mut low, mut high) = POWERS;
-    // What the model minds is measured where a pass first asks for it: on a model that others have not taken to pieces.
-    share(at(low), progress)?;
     let least = share(at(high), progress)?;
     if least > target {
         return Err(ShrinkError::OutOfReach { target, least });
@@ -240,9 +240,18 @@ fn price(
         Price { spare: (above - target) * whole, ..at(low) },
         Price { steps: many, ..at(high) },
     ];
+    closest(ways, target, &mut |way| share(way, progress))
+}
+
+/// The one of `ways` that leaves most of what `target` allows, or else the last.
+fn closest(
+    ways: [Price; 3],
+    target: f64,
+    share: &mut dyn FnMut(Price) -> Result<f64, ShrinkError>,
+) -> Result<Price, ShrinkError> {
     let mut best = (0.0, ways[2]);
     for way in ways {
-        let found = share(way, progress)?;
+        let found = share(way)?;
         if found <= target && found > best.0 {
             best = (found, way);
         }

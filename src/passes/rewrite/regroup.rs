@@ -71,6 +71,25 @@ impl<'a> Writer<'a> {
         Some(self.graph.add_const(weight, &self.name))
     }
 
+    /// Puts channels in another order.
+    fn gather(&mut self, order: &[usize], axis: usize) -> Option<()> {
+        let indices = self.integers(&order.iter().map(|&channel| channel as i64).collect::<Vec<_>>())?;
+        self.then(Op::new("Gather").with_int("axis", axis as i64), &[indices]);
+        Some(())
+    }
+
+    /// Writes a chain of layers that reads what was made so far, and goes on from there beside it; answers what the chain makes.
+    fn chain(&mut self, layouts: &[Layout], weights: &[Outlet]) -> Option<Outlet> {
+        let read = self.made();
+        for (layout, &weight) in layouts.iter().zip(weights) {
+            let op = if layout.along.is_empty() { Op::new("MatMul") } else { part(&self.whole, layout)? };
+            self.then(op, &[weight]);
+        }
+        let made = self.made();
+        self.read = read;
+        Some(made)
+    }
+
     /// Has the last one stand in the place of the layer.
     fn finish(&mut self) -> Option<()> {
         let (op, operands) = self.next.take()?;
@@ -88,6 +107,10 @@ fn bias(graph: &Graph, linear: &Linear, (lost, share): (Option<&[f64]>, f64)) ->
         *value += lost.iter().sum::<f64>() * share;
     }
     Some(values)
+}
+
+fn is_moved(order: &[usize]) -> bool {
+    order.iter().enumerate().any(|(place, &channel)| place != channel)
 }
 
 fn is_added(values: &[f64]) -> bool {
@@ -109,13 +132,7 @@ pub(super) fn group(
     let is_dense = layout.along.is_empty();
     let bias = format!("{}.{pass}.bias", graph.name(linear.weight));
     let mut writer = Writer::new(graph, linear, pass)?;
-    let read = writer.read;
-    for (layout, &weight) in layouts.iter().zip(weights).skip(1) {
-        let op = if is_dense { Op::new("MatMul") } else { part(&writer.whole, layout)? };
-        writer.then(op, &[weight]);
-    }
-    let beside = Some(writer.made()).filter(|_| layouts.len() > 1);
-    writer.read = read;
+    let beside = Some(writer.chain(&layouts[1..], &weights[1..])?).filter(|_| layouts.len() > 1);
     let op = if is_dense {
         Op::new("Conv").with_ints("kernel_shape", &[1]).with_int("group", layout.groups as i64)
     } else {
@@ -127,15 +144,9 @@ pub(super) fn group(
         constants.push(writer.graph.add_const(stored.filter(|bias| bias.value().is_finite())?, &bias));
     }
     let axis = if is_dense { rank?.checked_sub(1)? } else { 1 };
-    let is_moved = |order: &[usize]| order.iter().enumerate().any(|(place, &channel)| place != channel);
     let mut gathers = Vec::new();
-    let gather = |writer: &mut Writer<'_>, order: &[usize]| {
-        let indices = writer.integers(&order.iter().map(|&channel| channel as i64).collect::<Vec<_>>())?;
-        writer.then(Op::new("Gather").with_int("axis", axis as i64), &[indices]);
-        Some(())
-    };
     if is_moved(&orders.reads) {
-        gather(&mut writer, &orders.reads)?;
+        writer.gather(&orders.reads, axis)?;
         gathers.push(writer.made().node);
     }
     if is_dense && rank == Some(2) {
@@ -156,7 +167,7 @@ pub(super) fn group(
     if is_moved(&orders.makes) {
         let mut places = vec![0; orders.makes.len()];
         orders.makes.iter().enumerate().for_each(|(place, &channel)| places[channel] = place);
-        gather(&mut writer, &places)?;
+        writer.gather(&places, axis)?;
         gathers.push(if beside.is_some() { writer.made().node } else { linear.node });
     }
     if let Some(beside) = beside {
