@@ -5,14 +5,14 @@ mod blocks;
 mod evbmf;
 mod family;
 mod features;
+mod fit;
 mod form;
-mod group;
 mod kronecker;
 
 use nalgebra::DMatrix;
 
 pub use self::{
-    blocks::{Orders, cocluster, components},
+    blocks::{Components, Orders, cocluster},
     evbmf::evbmf_rank,
     family::{Family, Prepared},
     form::{Form, Layout},
@@ -51,6 +51,12 @@ impl Shape {
     #[must_use]
     pub fn taps(&self) -> usize {
         self.kernel.iter().product()
+    }
+
+    /// Rows of W for each channel that is made, and columns for each that is read.
+    #[must_use]
+    pub fn extents(&self) -> (usize, usize) {
+        if self.spreads { (self.taps(), 1) } else { (1, self.taps()) }
     }
 
     /// Elements of W of all groups.

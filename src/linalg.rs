@@ -127,6 +127,12 @@ pub fn least_rank(mut matrix: DMatrix<f64>) -> usize {
     sizes().filter(|pivot| *pivot > TINY * largest).count()
 }
 
+/// The elements of a matrix of rows of this width, column by column.
+#[must_use]
+pub fn transposed(values: &[f64], width: usize) -> Vec<f64> {
+    DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
+}
+
 /// A draw from the standard normal distribution (Box & Muller 1958), the same on every machine.
 pub fn normal(random: &mut impl Rng) -> f64 {
     let unit = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;

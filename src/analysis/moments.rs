@@ -132,8 +132,19 @@ pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Vec<M
 #[must_use]
 pub fn together_of_kept(table: &Table, kept: &Kept, graph: &Graph, layers: &[Linear]) -> Option<Vec<Moments>> {
     merged(layers, |layer| {
-        let whole = table.get(&layer.source(graph))?;
-        let Some(left) = kept.channels_of(graph.name(layer.input))? else { return Some(whole.clone()) };
+        // A layer that was put in groups read all channels alike before.
+        let mut one = layer.clone();
+        one.groups = 1;
+        let whole = table.get(&layer.source(graph)).or_else(|| table.get(&one.source(graph)))?;
+        let all: Vec<usize>;
+        let left = match kept.channels_of(graph.name(layer.input))? {
+            Some(left) => left,
+            None if whole.len() == layer.groups => return Some(whole.clone()),
+            None => {
+                all = (0..layer.groups * layer.columns / layer.taps).collect();
+                &all
+            }
+        };
         let (channels, before) = (layer.columns / layer.taps, whole.first()?.sum.len() / layer.taps);
         (left.len() == layer.groups * channels).then_some(())?;
         let of_group = |group: usize| {

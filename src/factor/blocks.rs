@@ -7,7 +7,7 @@ use nalgebra::DMatrix;
 use super::{
     Form, Metric, Shape,
     features::COLLINEAR,
-    group::{Weights, flat, spectrum},
+    fit::{Weights, flat, spectrum},
 };
 use crate::linalg::{Cholesky, Spectrum, product, solve_lower, solve_lower_transposed};
 
@@ -33,10 +33,16 @@ pub(super) struct Blocked {
     pub(super) energy: f64,
 }
 
+/// Groups of more parts keep next to nothing, and assigning channels to them takes long.
+const MAX_PARTS: usize = 64;
+/// Pairs of channels that are looked at: 128 MB for what they have in common.
+const MAX_PAIRS: usize = 1 << 24;
+
 /// In how many parts a layer may be.
 pub(super) fn counts(shape: &Shape) -> impl Iterator<Item = usize> {
     let (makes, reads) = (shape.makes, shape.reads);
-    (2..=makes.min(reads)).filter(move |&parts| makes.is_multiple_of(parts) && reads.is_multiple_of(parts))
+    let most = if makes * reads > MAX_PAIRS { 0 } else { makes.min(reads).min(MAX_PARTS) };
+    (2..=most).filter(move |&parts| makes.is_multiple_of(parts) && reads.is_multiple_of(parts))
 }
 
 /// Splits one group of a layer in `parts`, each with the weights for which what it reads tells most of what it makes: what the
@@ -53,12 +59,14 @@ pub(super) fn split(
     let mut blocked = Blocked { orders, parts: Vec::with_capacity(parts), beside: None, energy: 0.0 };
     for part in 0..parts {
         let (rows, columns) = blocked.orders.elements(shape, parts, part);
-        let told = spread.select_columns(&columns).select_rows(&rows).transpose();
-        let lower = match metric.mean_block(std::slice::from_ref(&columns), matrix.ncols()) {
-            Some(own) => Cholesky::ridged(&own, COLLINEAR)?.0.root(),
-            None => DMatrix::identity(columns.len(), columns.len()),
+        let told = spread.select_columns(&columns).select_rows(&rows);
+        let Some(own) = metric.mean_block(std::slice::from_ref(&columns), matrix.ncols()) else {
+            blocked.energy += told.norm_squared();
+            blocked.parts.push(told);
+            continue;
         };
-        let crossed = solve_lower(&lower, told);
+        let lower = Cholesky::ridged(&own, COLLINEAR)?.0.root();
+        let crossed = solve_lower(&lower, told.transpose());
         blocked.energy += crossed.norm_squared();
         blocked.parts.push(solve_lower_transposed(&lower, crossed).transpose());
     }
@@ -80,7 +88,7 @@ impl Orders {
             let own = &order[part * size..(part + 1) * size];
             own.iter().flat_map(|channel| (0..taps).map(move |tap| channel * taps + tap)).collect()
         };
-        let (makes, reads) = if shape.spreads { (shape.taps(), 1) } else { (1, shape.taps()) };
+        let (makes, reads) = shape.extents();
         (of_channels(&self.makes, makes), of_channels(&self.reads, reads))
     }
 
@@ -130,7 +138,7 @@ impl Blocked {
 
 /// How much of what each channel is made of each channel that is read makes, by itself: `E_oc = tr(W_oc·C_cc·W_ocᵀ)`.
 fn energies(matrix: &DMatrix<f64>, metric: &Metric, shape: &Shape) -> DMatrix<f64> {
-    let (spread, taps) = if shape.spreads { (shape.taps(), 1) } else { (1, shape.taps()) };
+    let (spread, taps) = shape.extents();
     let mut energies = DMatrix::zeros(shape.makes, shape.reads);
     for channel in 0..shape.reads {
         let support: Vec<_> = (channel * taps..(channel + 1) * taps).collect();
@@ -150,20 +158,21 @@ fn energies(matrix: &DMatrix<f64>, metric: &Metric, shape: &Shape) -> DMatrix<f6
 const ROUNDS: usize = 30;
 
 /// Splits rows and columns in `parts` of equal size that keep as much as can be found of the sum of what rows and columns of one
-/// part have in common: from the singular vectors beside the first (Dhillon 2001), and from the order as it is, rows and columns
-/// are assigned in turn until nothing is gained. Within a part, they stay in order.
+/// part have in common: from the leading singular vectors (Dhillon 2001), and from the order as it is, rows and columns are
+/// assigned in turn until nothing is gained. Within a part, they stay in order.
 #[must_use]
 pub fn cocluster(energies: &DMatrix<f64>, parts: usize) -> Orders {
     let natural = |count: usize| (0..count).map(|i| i * parts / count).collect::<Vec<_>>();
     let starts = [natural(energies.ncols()), spectral(energies, parts)];
+    let turned = energies.transpose();
     let mut best: Option<(f64, Vec<usize>, Vec<usize>)> = None;
     for mut of_columns in starts {
         let mut of_rows = Vec::new();
         let mut kept = f64::NEG_INFINITY;
         for _ in 0..ROUNDS {
             of_rows = assign(&shares(energies, &of_columns, parts));
-            of_columns = assign(&shares(&energies.transpose(), &of_rows, parts));
-            let found = shares(&energies.transpose(), &of_rows, parts);
+            let found = shares(&turned, &of_rows, parts);
+            of_columns = assign(&found);
             let now: f64 = of_columns.iter().enumerate().map(|(column, &part)| found[(column, part)]).sum();
             if now <= kept * (1.0 + 1e-12) {
                 break;
@@ -235,13 +244,16 @@ fn embedded(energies: &DMatrix<f64>, rank: usize) -> Option<DMatrix<f64>> {
     let rows: Vec<_> = energies.row_iter().map(|row| weight(row.sum())).collect();
     let columns: Vec<_> = energies.column_iter().map(|column| weight(column.sum())).collect();
     let scaled = DMatrix::from_fn(energies.ncols(), energies.nrows(), |j, i| energies[(i, j)] * rows[i] * columns[j]);
-    let mut places = Spectrum::of(&scaled, Some(rank.min(scaled.nrows()).min(scaled.ncols())))?.basis;
+    let basis = Spectrum::of(&scaled, Some(rank.min(scaled.nrows()).min(scaled.ncols())))?.basis;
+    // All vectors together would place columns apart whatever they have in common.
+    let mut places = basis.columns(0, rank.min(basis.ncols())).into_owned();
     places.row_iter_mut().zip(&columns).for_each(|(mut row, weight)| row *= *weight);
     Some(places)
 }
 
 /// The part of each row for which the sum of `shares` is largest, as many rows in each part: rows that lose most by not being where
-/// they are best go first; then rows change places in rings as long as that gains anything, after which no assignment is better.
+/// they are best go first; then rows change places in cycles as long as that gains anything, after which no assignment is better (cycle
+/// canceling; Klein 1967).
 fn assign(shares: &DMatrix<f64>) -> Vec<usize> {
     let (count, parts) = shares.shape();
     let room = count / parts;
@@ -261,10 +273,10 @@ fn assign(shares: &DMatrix<f64>) -> Vec<usize> {
         assigned[row] = part;
     }
     let scale = shares.amax().max(f64::MIN_POSITIVE) * 1e-12;
-    // Each ring gains at least so much, yet there may be many of them that gain little.
+    // Each cycle gains at least so much, yet there may be many of them that gain little.
     for _ in 0..count * parts {
-        let Some(ring) = gaining_ring(shares, &assigned, scale) else { break };
-        for (row, part) in ring {
+        let Some(cycle) = gaining_cycle(shares, &assigned, scale) else { break };
+        for (row, part) in cycle {
             assigned[row] = part;
         }
     }
@@ -273,7 +285,7 @@ fn assign(shares: &DMatrix<f64>) -> Vec<usize> {
 
 /// Rows that gain by each moving to the part of the next one, with the parts that they move to: a cycle of positive weight among the
 /// parts (Bellman and Ford).
-fn gaining_ring(shares: &DMatrix<f64>, assigned: &[usize], least: f64) -> Option<Vec<(usize, usize)>> {
+fn gaining_cycle(shares: &DMatrix<f64>, assigned: &[usize], least: f64) -> Option<Vec<(usize, usize)>> {
     let parts = shares.ncols();
     let mut best: Vec<Vec<Option<(f64, usize)>>> = vec![vec![None; parts]; parts];
     for (row, &from) in assigned.iter().enumerate() {
@@ -299,57 +311,82 @@ fn gaining_ring(shares: &DMatrix<f64>, assigned: &[usize], least: f64) -> Option
                 }
             }
         }
+        changed?;
     }
     // What still gains after so many rounds comes out of a cycle: walk back into it, then around.
     let mut at = changed?;
     for _ in 0..parts {
         at = came[at]?;
     }
-    let (mut ring, first) = (Vec::new(), at);
+    let (mut cycle, first) = (Vec::new(), at);
     loop {
         let from = came[at]?;
-        ring.push((best[from][at]?.1, at));
+        cycle.push((best[from][at]?.1, at));
         at = from;
         if at == first {
             break;
         }
     }
-    Some(ring)
+    Some(cycle)
 }
 
-/// Parts of equal size, as many as there can be, that have all entries of E which are not zero, if there are two at least.
-#[must_use]
-pub fn components(energies: &DMatrix<f64>) -> Option<(usize, Orders)> {
-    let (rows, columns) = energies.shape();
-    let mut label: Vec<Option<usize>> = vec![None; rows + columns];
-    let mut found: Vec<(usize, usize)> = Vec::new();
-    for start in 0..rows + columns {
-        if label[start].is_some() {
-            continue;
-        }
-        let (mut open, mut size, own) = (vec![start], (0, 0), found.len());
-        label[start] = Some(own);
-        while let Some(node) = open.pop() {
-            let others = if node < rows { rows..rows + columns } else { 0..rows };
-            size = if node < rows { (size.0 + 1, size.1) } else { (size.0, size.1 + 1) };
-            for other in others {
-                let entry = if node < rows { (node, other - rows) } else { (other, node - rows) };
-                if label[other].is_none() && energies[entry] != 0.0 {
-                    label[other] = Some(own);
-                    open.push(other);
+/// The connected components of the graph in which a row and a column are joined where their entry is not zero.
+#[derive(Debug)]
+pub struct Components {
+    /// Which one each row is of.
+    of_rows: Vec<usize>,
+    /// Which one each column is of.
+    of_columns: Vec<usize>,
+    /// Rows and columns of each.
+    sizes: Vec<(usize, usize)>,
+}
+
+impl Components {
+    /// Of the entries of `energies` that are not zero.
+    #[must_use]
+    pub fn of(energies: &DMatrix<f64>) -> Self {
+        let (rows, columns) = energies.shape();
+        let mut label: Vec<Option<usize>> = vec![None; rows + columns];
+        let mut sizes: Vec<(usize, usize)> = Vec::new();
+        for start in 0..rows + columns {
+            if label[start].is_some() {
+                continue;
+            }
+            let (mut open, mut size, own) = (vec![start], (0, 0), sizes.len());
+            label[start] = Some(own);
+            while let Some(node) = open.pop() {
+                let others = if node < rows { rows..rows + columns } else { 0..rows };
+                size = if node < rows { (size.0 + 1, size.1) } else { (size.0, size.1 + 1) };
+                for other in others {
+                    let entry = if node < rows { (node, other - rows) } else { (other, node - rows) };
+                    if label[other].is_none() && energies[entry] != 0.0 {
+                        label[other] = Some(own);
+                        open.push(other);
+                    }
                 }
             }
+            sizes.push(size);
         }
-        found.push(size);
+        let of = |nodes: std::ops::Range<usize>| nodes.filter_map(|node| label[node]).collect();
+        Self { of_rows: of(0..rows), of_columns: of(rows..rows + columns), sizes }
     }
-    let counts = (2..=rows.min(columns).min(found.len())).rev();
-    let mut counts = counts.filter(|&parts| rows.is_multiple_of(parts) && columns.is_multiple_of(parts));
-    let (parts, packed) =
-        counts.find_map(|parts| Some((parts, pack(&found, (rows / parts, columns / parts), parts)?)))?;
-    let part = |node: usize| label[node].map_or(0, |own| packed[own]);
-    let of_rows: Vec<_> = (0..rows).map(part).collect();
-    let of_columns: Vec<_> = (rows..rows + columns).map(part).collect();
-    Some((parts, ordered(&of_rows, &of_columns, parts)))
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.sizes.len()
+    }
+
+    /// The order in which so many parts of equal size have whole components, if putting the largest first into any part that has
+    /// room for it leads to one.
+    #[must_use]
+    pub fn packed(&self, parts: usize) -> Option<Orders> {
+        let (rows, columns) = (self.of_rows.len(), self.of_columns.len());
+        (rows.is_multiple_of(parts) && columns.is_multiple_of(parts)).then_some(())?;
+        let packed = pack(&self.sizes, (rows / parts, columns / parts), parts)?;
+        let part = |own: &[usize]| own.iter().map(|&own| packed[own]).collect::<Vec<_>>();
+        Some(ordered(&part(&self.of_rows), &part(&self.of_columns), parts))
+    }
 }
 
 /// The part that each of some things of these sizes goes into, the largest first, so that all parts are full.
@@ -427,9 +464,25 @@ mod tests {
             };
             let whole = energies.sum();
             assert_eq!(kept(&cocluster(&energies, parts)), whole, "{rows} {columns} {parts}");
-            let (count, orders) = components(&energies).unwrap();
-            assert_eq!((count, kept(&orders)), (parts, whole));
+            let found = Components::of(&energies);
+            assert_eq!((found.count(), kept(&found.packed(parts).unwrap())), (parts, whole));
         }
-        assert!(components(&DMatrix::from_element(4, 4, 1.0)).is_none());
+        assert!(Components::of(&DMatrix::from_element(4, 4, 1.0)).packed(2).is_none());
+    }
+
+    #[test]
+    fn blocks_are_found_in_noise() {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(7);
+        for (size, parts) in [(32, 2), (32, 4), (128, 2), (128, 8)] {
+            let part = |i: usize| i * 37 % size * parts / size;
+            let mut entry =
+                |i, j| if part(i) == part(j) { 1.0 } else { 0.6 } + (random.next_u64() % 100) as f64 / 100.0;
+            let energies = DMatrix::from_fn(size, size, &mut entry);
+            let assigned = spectral(&energies, parts);
+            let own = |p: usize| (0..size).filter(|&i| part(i) == p).map(|i| assigned[i]).collect::<Vec<_>>();
+            let most = |own: &[usize]| (0..parts).map(|q| own.iter().filter(|&&a| a == q).count()).max().unwrap_or(0);
+            let together: usize = (0..parts).map(|p| most(&own(p))).sum();
+            assert!(together * 10 >= size * 9, "{size} {parts}: {together}");
+        }
     }
 }

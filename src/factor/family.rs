@@ -2,7 +2,7 @@
 
 use nalgebra::DMatrix;
 
-use super::{Fitted, Form, Shape, Target, blocks, group::Group, kronecker::Split};
+use super::{Fitted, Form, Shape, Target, blocks, fit::Group, kronecker::Split};
 use crate::linalg::product;
 
 /// A kind of chain, of any strength.
@@ -61,6 +61,12 @@ impl Family {
             Self::Grouped { bypass } => blocks::counts(shape).next().is_some() && !(bypass > 0 && shape.spreads),
             Self::Kronecker => shape.kernel.is_empty() && shape.groups == 1 && Split::of(shape).is_some(),
         }
+    }
+
+    /// Whether it has a member of this rank; told of groups alone, which must divide the channels.
+    #[must_use]
+    pub fn has(self, shape: &Shape, rank: usize) -> bool {
+        !matches!(self, Self::Grouped { .. }) || blocks::counts(shape).any(|parts| parts == rank)
     }
 
     /// Its member of this rank, for a layer of this `shape`; of those with two, where both are that.

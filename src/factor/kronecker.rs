@@ -22,14 +22,17 @@ pub(super) struct Products {
     pub(super) energy: f64,
 }
 
+/// Elements of a matrix that is looked at: 128 MB, held a few times over.
+const MAX_ELEMENTS: usize = 1 << 24;
 /// Sums of more terms are worth no more than a low rank.
 const MAX_TERMS: usize = 8;
 /// Rounds of fitting all B to all A, and all A to all B.
 const ROUNDS: usize = 4;
 
 impl Split {
-    /// Of a matrix of this shape, the one whose factors have the fewest elements together; none where one would be a vector.
+    /// Of a matrix of this shape, the one whose factors have the fewest elements together; none where one would be a vector, or W is too large.
     pub(super) fn of(shape: &Shape) -> Option<Self> {
+        (shape.elements() <= MAX_ELEMENTS).then_some(())?;
         let divisors = |size: usize| (2..size).filter(move |part| size.is_multiple_of(*part));
         let splits = divisors(shape.makes).flat_map(|rows| divisors(shape.reads).map(move |columns| (rows, columns)));
         let size = |&(rows, columns): &(usize, usize)| rows * columns + shape.elements() / (rows * columns);

@@ -9,7 +9,7 @@ use super::{
     rewrite::{Replacement, Site, Statistics},
 };
 use crate::{
-    factor::{Family, Form, Orders, Shape, components},
+    factor::{Components, Family, Form, Orders, Shape},
     ir::{DType, Graph, Tensor},
     pass::{Context, Declare, Fidelity, Pass},
 };
@@ -35,6 +35,8 @@ impl Declare for ExactGroups {
 
 /// Elements that a weight must have for the nodes around it to be worth it.
 const LEAST: usize = 1024;
+/// Bytes of a node in the file with names of 100 letters, about.
+const NODE: usize = 400;
 
 impl Pass for ExactGroups {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
@@ -91,23 +93,28 @@ fn is_suspect(tensor: &Tensor) -> bool {
 fn exact(graph: &Graph, site: &Site, statistics: &Statistics) -> Option<(Form, Replacement)> {
     let target = site.target(graph, statistics)?;
     let shape = &target.shape;
-    let found: Vec<_> =
-        target.matrices.iter().map(|matrix| components(&presence(matrix, shape))).collect::<Option<_>>()?;
-    let parts = found.iter().map(|(parts, _)| *parts).min()?;
-    let is_same = found.iter().all(|(own, _)| *own == parts);
-    let mut chain = Replacement { stages: vec![Vec::new()], lost: None, orders: Some(Orders::default()), error: 0.0 };
-    let (orders, stage) = (chain.orders.as_mut()?, chain.stages.first_mut()?);
-    for (place, (matrix, (_, own))) in target.matrices.iter().zip(&found).enumerate() {
+    let found: Vec<_> = target.matrices.iter().map(|matrix| Components::of(&presence(matrix, shape))).collect();
+    let most = found.iter().map(Components::count).min()?;
+    let packed = |parts: usize| found.iter().map(|found| found.packed(parts)).collect::<Option<Vec<_>>>();
+    let (parts, all) = (2..=most).rev().find_map(|parts| Some((parts, packed(parts)?)))?;
+    let (mut stage, mut orders) = (Vec::new(), Orders::default());
+    for (place, (matrix, own)) in target.matrices.iter().zip(&all).enumerate() {
         stage.extend(own.weight(matrix, shape, parts));
         orders.reads.extend(own.reads.iter().map(|channel| place * shape.reads + channel));
         orders.makes.extend(own.makes.iter().map(|channel| place * shape.makes + channel));
     }
-    is_same.then_some((Form::Grouped { parts, bypass: 0 }, chain))
+    let form = Form::Grouped { parts, bypass: 0 };
+    // Both sides may have to be gathered, by names as long as they come.
+    let saved = (shape.elements() - stage.len()) * 4;
+    let indices = 8 * (orders.reads.len() + orders.makes.len());
+    let nodes = if shape.kernel.is_empty() { 6 } else { 2 };
+    (saved > indices + nodes * NODE)
+        .then_some((form, Replacement { stages: vec![stage], lost: None, orders: Some(orders), error: 0.0 }))
 }
 
 /// Which channels are made of which: 1 where some weight is not zero.
 fn presence(matrix: &DMatrix<f64>, shape: &Shape) -> DMatrix<f64> {
-    let (rows, columns) = if shape.spreads { (shape.taps(), 1) } else { (1, shape.taps()) };
+    let (rows, columns) = shape.extents();
     DMatrix::from_fn(shape.makes, shape.reads, |made, read| {
         let block = matrix.view((made * rows, read * columns), (rows, columns));
         f64::from(u8::from(block.iter().any(|&value| value != 0.0)))

@@ -15,7 +15,8 @@ use crate::{
 /// the groups; a `Gather` remains where they can't. The layers after the first one in groups are fitted to the original, one after
 /// another. With `bypass`, a chain of a low rank beside the layer adds what the groups lose most of.
 ///
-/// Applies when: G divides the channels that are read and those that are made, and a product is one of rows, of at most 3 axes.
+/// Applies when: G divides the channels that are read and those that are made and is at most 64, and a product is one of rows, of at most
+/// 3 axes and not of doubles, which runtimes have no convolutions of.
 ///
 /// Fidelity: lossy. Without `groups`, the error budget sets G of each layer.
 #[derive(Debug, clap::Parser)]

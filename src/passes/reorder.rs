@@ -5,51 +5,64 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::surgery::{select, set_ints};
 use crate::{
     analysis::channels::{Axis, Channels},
-    ir::{Graph, NodeId},
+    ir::{Graph, NodeId, Op},
     pass::Context,
     refit::Left,
 };
 
 /// The axes whose channels change places, each with what stands where.
-type Moved = BTreeMap<Axis, Vec<usize>>;
+type Places = BTreeMap<Axis, Vec<usize>>;
 
 /// Takes out those of `gathers`, each of which puts the channels of a value in another order, that are of no use where the weights
 /// before or after them hold channels in that order; where others stand in the way, they take channels from where they now are.
-/// Says how many were taken out.
-pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Context, pass: &str) -> usize {
-    let (mut open, mut settled) = (gathers.clone(), 0);
+pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Context, pass: &str) {
+    let mut open = gathers.clone();
     while !open.is_empty() {
         let channels = Channels::apart(graph, &cx.telling_shapes(graph), &open);
-        let mut found = None;
+        // Those of different channels are taken out together.
+        let (mut all, mut found) = (Places::new(), Vec::new());
         for &gather in &open {
-            let Some(moved) = moved(graph, &channels, gather, cx) else { continue };
-            let mut next = graph.clone();
-            let left = put(&mut next, &channels, &moved, &open, pass);
-            if take_out(&mut next, gather, &moved).is_some() {
-                *graph = next;
-                cx.kept.narrow(left);
-                found = Some(gather);
-                break;
+            let Some((read, made, taken)) = ends(graph, &channels, gather) else { continue };
+            let is_free = |axis: &Axis| !all.contains_key(axis);
+            let Some(moved) = moved(graph, &channels, (read, made, &taken), cx) else { continue };
+            let is_needed = graph.is_output(made.0) && !graph.can_take_name(read.0);
+            if !is_needed && moved.keys().chain([&read, &made]).all(is_free) {
+                found.push((gather, moved.contains_key(&made)));
+                all.extend(moved);
             }
         }
-        let Some(gather) = found else { break };
-        open.remove(&gather);
-        settled += 1;
+        if found.is_empty() {
+            break;
+        }
+        let left = put(graph, &channels, &all, &open, pass);
+        cx.kept.narrow(left);
+        for (gather, is_known_by_result) in found {
+            take_out(graph, gather, is_known_by_result);
+            open.remove(&gather);
+        }
     }
-    settled
 }
 
-/// The orders in which `gather` changes nothing: those of the channels after it, or of those before it.
-fn moved(graph: &Graph, channels: &Channels, gather: NodeId, cx: &Context) -> Option<Moved> {
-    let (read, made, taken) = ends(graph, channels, gather)?;
-    let mut inverse = vec![0; taken.len()];
-    taken.iter().enumerate().for_each(|(place, &from)| inverse[from] = place);
-    let wanted = [(made, &inverse), (read, &taken)];
+/// The orders in which a `Gather` that takes these changes nothing: those of the channels after it, or of those before it.
+fn moved(
+    graph: &Graph,
+    channels: &Channels,
+    (read, made, taken): (Axis, Axis, &[usize]),
+    cx: &Context,
+) -> Option<Places> {
+    let wanted = [(made, inverse(taken)), (read, taken.to_vec())];
     wanted.into_iter().find_map(|(axis, order)| {
-        let moved = spread(graph, channels, axis, order, cx)?;
-        let taken = retaken(&moved, (read, made), &taken);
+        let moved = spread(graph, channels, axis, &order, cx)?;
+        let taken = retaken(&moved, (read, made), taken);
         taken.iter().enumerate().all(|(place, &from)| place == from).then_some(moved)
     })
+}
+
+/// The permutation that undoes one.
+pub(super) fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(place, &from)| inverse[from] = place);
+    inverse
 }
 
 /// The axes that a `Gather` with constant indices reads and makes, and what it takes; `None` where that is no permutation.
@@ -65,18 +78,16 @@ fn ends(graph: &Graph, channels: &Channels, gather: NodeId) -> Option<(Axis, Axi
 }
 
 /// What a `Gather` takes once channels have moved.
-fn retaken(moved: &Moved, (read, made): (Axis, Axis), taken: &[usize]) -> Vec<usize> {
+fn retaken(moved: &Places, (read, made): (Axis, Axis), taken: &[usize]) -> Vec<usize> {
     let stood = |place: usize| moved.get(&made).map_or(place, |order| order[place]);
-    let stands = |from: usize| match moved.get(&read) {
-        Some(order) => order.iter().position(|&place| place == from).unwrap_or(from),
-        None => from,
-    };
+    let stand = moved.get(&read).map(|order| inverse(order));
+    let stands = |from: usize| stand.as_ref().map_or(from, |stand| stand[from]);
     (0..taken.len()).map(|place| stands(taken[stood(place)])).collect()
 }
 
 /// The order of every axis where the one of `axis` is such that `order[i]` comes to stand at place `i`: the channels that stand or
 /// fall with one another change places with one another. `None` where some of them can't, or are not told apart.
-fn spread(graph: &Graph, channels: &Channels, axis: Axis, order: &[usize], cx: &Context) -> Option<Moved> {
+fn spread(graph: &Graph, channels: &Channels, axis: Axis, order: &[usize], cx: &Context) -> Option<Places> {
     let class = |index: usize| match channels.classes(axis.0, axis.1, index) {
         [class] if channels.pinned(*class).is_none() => Some(*class),
         _ => None,
@@ -84,13 +95,15 @@ fn spread(graph: &Graph, channels: &Channels, axis: Axis, order: &[usize], cx: &
     let classes = (0..order.len()).map(class).collect::<Option<Vec<_>>>()?;
     let into: BTreeMap<usize, usize> = classes.iter().copied().zip(order.iter().map(|&from| classes[from])).collect();
     (into.len() == order.len()).then_some(())?;
-    let mut moved = Moved::new();
+    let mut moved = Places::new();
     for (value, axis, extent) in channels.axes() {
         let key = |index: usize| channels.classes(value, axis, index).to_vec();
         if !(0..extent).any(|index| key(index).iter().any(|class| into.contains_key(class))) {
             continue;
         }
-        if graph.is_pinned(value) || cx.is_kept(&[graph.name(value), graph.label(value.node)]) {
+        let readers = graph.uses(value).into_iter().filter(|_| graph.weight(value).is_some());
+        let labels = readers.map(|(node, _)| graph.label(node)).chain([graph.name(value), graph.label(value.node)]);
+        if graph.is_pinned(value) || cx.is_kept(&labels.collect::<Vec<_>>()) {
             return None;
         }
         let places: BTreeMap<Vec<usize>, usize> = (0..extent).map(|index| (key(index), index)).collect();
@@ -109,7 +122,7 @@ fn spread(graph: &Graph, channels: &Channels, axis: Axis, order: &[usize], cx: &
 
 /// Puts the channels of all constants where `moved` says, and has `gathers` take them from there. Answers which channel of a value
 /// stands where.
-fn put(graph: &mut Graph, channels: &Channels, moved: &Moved, gathers: &BTreeSet<NodeId>, pass: &str) -> Left {
+fn put(graph: &mut Graph, channels: &Channels, moved: &Places, gathers: &BTreeSet<NodeId>, pass: &str) -> Left {
     for &gather in gathers {
         let Some((read, made, taken)) = ends(graph, channels, gather) else { continue };
         let taken: Vec<_> = retaken(moved, (read, made), &taken).into_iter().map(|from| from as i64).collect();
@@ -120,13 +133,17 @@ fn put(graph: &mut Graph, channels: &Channels, moved: &Moved, gathers: &BTreeSet
 
 /// Removes a `Gather` that changes nothing. Where the channels after it moved, it is by the name of its result that their order is
 /// known: what it reads takes that.
-fn take_out(graph: &mut Graph, gather: NodeId, moved: &Moved) -> Option<()> {
-    let (read, own) = (graph.operand(gather, 0)?, graph.op(gather)?.clone());
-    if !moved.keys().any(|&(value, _)| value == gather.out()) {
-        return graph.bypass(gather, read);
+fn take_out(graph: &mut Graph, gather: NodeId, is_known_by_result: bool) {
+    let (Some(read), Some(own)) = (graph.operand(gather, 0), graph.op(gather).cloned()) else { return };
+    if !is_known_by_result {
+        graph.bypass(gather, read);
+        return;
     }
-    let operands: Vec<_> = graph.operands(read.node).into_iter().collect::<Option<_>>()?;
-    let op = graph.op(read.node)?.clone().in_place_of(&own);
-    graph.replace_op(gather, op, &operands);
-    Some(())
+    let is_alone = graph.sole_use(read).is_some() && graph.output_count(read.node) == 1 && !graph.is_output(read);
+    let maker = graph.op(read.node).filter(|op| is_alone && op.bodies.is_empty()).cloned();
+    let operands = graph.operands(read.node).into_iter().collect::<Option<Vec<_>>>();
+    match (maker, operands) {
+        (Some(op), Some(operands)) => graph.replace_op(gather, op.in_place_of(&own), &operands),
+        _ => graph.replace_op(gather, Op::new("Identity").in_place_of(&own), &[read]),
+    }
 }

@@ -121,11 +121,12 @@ impl Rewrite<'_> {
         if outermost && !self.strength.is_fixed() {
             self.probe(graph, &mut all, cx);
         }
-        if outermost
-            && all.iter().any(|choices| choices.candidates.iter().any(|c| c.form.family() == Family::Kronecker))
+        if let (true, Some(products)) =
+            (outermost, all.iter().find(|choices| choices.site.fits(graph, Family::Kronecker)))
+            && self.families.contains(&Family::Kronecker)
         {
             // How often they won is said even where they never did.
-            cx.tally.entry(word(Family::Kronecker.member(&all[0].site.shape, 1))).or_default();
+            cx.tally.entry(word(Family::Kronecker.member(&products.site.shape, 1))).or_default();
         }
         let chosen = self.choose(&all, cx);
         let made: Vec<_> = all.iter().zip(chosen).filter_map(|(choices, chosen)| Some((choices, *chosen?))).collect();
@@ -228,7 +229,9 @@ impl Rewrite<'_> {
         };
         let most = (shape.makes * if shape.spreads { shape.taps() } else { 1 }).min(shape.reads * shape.taps());
         match rank {
-            Some(rank) if (1..=most).contains(&rank) => vec![(family.member(shape, rank), 0.0)],
+            Some(rank) if (1..=most).contains(&rank) && family.has(shape, rank) => {
+                vec![(family.member(shape, rank), 0.0)]
+            }
             Some(_) => Vec::new(),
             None => {
                 let step = if self.strength.is_fixed() { 1 } else { multiple(shape, family) };
@@ -255,31 +258,44 @@ impl Rewrite<'_> {
     fn reason(&self, choices: &Choices, cx: &Context) -> String {
         let shape = &choices.site.shape;
         let family = self.families.iter().find(|family| family.fits(shape)).copied().unwrap_or(Family::After);
-        let break_even = break_even(shape, family);
+        let strength = match family {
+            Family::Grouped { .. } => "number of groups",
+            Family::Kronecker => "number of terms",
+            Family::Separate | Family::Mixed => "multiplier",
+            _ => "rank",
+        };
+        // The more groups, the less is left.
+        let below = match family {
+            Family::Grouped { .. } => String::new(),
+            _ => format!(" below break-even {}", break_even(shape, family)),
+        };
         if self.strength == Strength::Evbmf {
-            return format!("what stands out from noise has no rank below break-even {break_even}, or none at all");
+            return format!("what stands out from noise has no rank{below}, or none at all");
         }
         if let (Strength::Energy(energy), false) = (self.strength, choices.candidates.is_empty()) {
-            return format!("keeps less than {energy} of its energy below break-even {break_even}");
-        }
-        if self.strength.is_fixed() || choices.candidates.is_empty() {
-            return format!("pays only below rank {break_even}");
+            return format!("keeps less than {energy} of its energy{below}");
         }
         let saved = |candidate: &Candidate| choices.costs.whole - candidate.cost;
         let slope = |candidate: &Candidate| choices.minded(candidate.error) / saved(candidate);
-        let Some(best) = choices.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b))) else {
-            return format!("pays only below rank {break_even}");
+        let best = choices.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b)));
+        let Some(best) = best.filter(|_| !self.strength.is_fixed()) else {
+            return match family {
+                Family::Grouped { .. } => {
+                    "its channels can't be put in that many groups, or it saves nothing".to_owned()
+                }
+                _ => format!("pays only with a {strength}{below}"),
+            };
         };
         let allowed = (cx.price.per_byte * saved(best)).min(cx.price.ceiling).max(0.0);
         let enough = choices.curve.iter().filter(|(_, error)| choices.minded(*error) <= allowed);
-        let needed = enough.filter_map(|(form, _)| form.rank()).min();
+        let needed = enough.filter_map(|(form, _)| form.rank()).min().filter(|_| !below.is_empty());
         format!(
-            "no rank below break-even {break_even} is worth its error: the best saves {:.0} % of the layer for an error of {:.1e}, where {:.1e} \
-             is allowed for that{}",
+            "no {strength}{below} is worth its error: the best saves {:.0} % of the layer for an error of {:.1e}, where {:.1e} is \
+             allowed for that{}",
             saved(best) / choices.costs.whole * 100.0,
             choices.minded(best.error).sqrt(),
             allowed.sqrt(),
-            needed.map_or_else(String::new, |rank| format!(", which takes rank {rank}"))
+            needed.map_or_else(String::new, |needed| format!(", which takes a {strength} of {needed}"))
         )
     }
 

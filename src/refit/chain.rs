@@ -8,7 +8,7 @@ use crate::{
     analysis::linear::Linear,
     factor::{Form, Layout, Metric, Shape, Target},
     ir::{Graph, NodeId, Outlet},
-    linalg::product,
+    linalg::{product, transposed},
 };
 
 /// Rounds of fitting a chain before a rectifier to what the rectifier lets through: each factors the layer anew.
@@ -60,7 +60,7 @@ impl Chain {
             let values = tensor.f64s()?;
             if let Form::Kronecker { .. } = self.form {
                 let width = *tensor.dims().last()?;
-                return Some(if self.is_turned(i) { turned(&values, width) } else { values });
+                return Some(if self.is_turned(i) { transposed(&values, width) } else { values });
             }
             let matrices = Linear::of(graph, node)?.matrices(&values);
             Some(matrices.iter().flat_map(|matrix| matrix.transpose().as_slice().to_vec()).collect())
@@ -123,7 +123,7 @@ impl Chain {
             let Some(part) = linear.filter(|_| !matches!(self.form, Form::Kronecker { .. })) else {
                 let stored = graph.weight(weight)?;
                 let dims = stored.value().dims().to_vec();
-                let values = if self.is_turned(i) { turned(values, dims[0]) } else { values.clone() };
+                let values = if self.is_turned(i) { transposed(values, dims[0]) } else { values.clone() };
                 let new = stored.fit(&dims, &values).filter(|weight| weight.value().is_finite())?;
                 let new = graph.add_const(new, &format!("{}.{NAME}", graph.name(weight)));
                 graph.exchange_operand(node, slot, Some(new));
@@ -135,11 +135,6 @@ impl Chain {
         }
         Some(())
     }
-}
-
-/// A matrix of rows of this width, column by column.
-fn turned(values: &[f64], width: usize) -> Vec<f64> {
-    DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
 }
 
 /// The weights of layers of which each reads what the one before makes, up to `last`.

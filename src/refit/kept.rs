@@ -87,7 +87,7 @@ impl Kept {
     }
 
     /// Notes that the value `name` holds, along axis 1, the channels that another held, in this order.
-    pub fn reorder(&mut self, name: String, moved: Moved, order: &[usize]) {
+    pub fn reorder(&mut self, name: String, mut moved: Moved, order: &[usize]) {
         let before = self.left.get(&moved.original).and_then(|axes| axes.values().next());
         let left = order.iter().map(|&channel| before.map_or(channel, |before| before[channel])).collect();
         if let Some(mixed) = self.mixed.get(&moved.original) {
@@ -95,6 +95,10 @@ impl Kept {
             self.mixed.insert(name.clone(), Mixed { axis: 1, left: mixed.left.clone(), matrix });
         }
         self.left.insert(name.clone(), BTreeMap::from([(1, left)]));
+        // What was moved before is known by the first of its names.
+        if let Some(before) = self.moved.get(&moved.original) {
+            moved = before.clone();
+        }
         self.moved.insert(name, moved);
     }
 

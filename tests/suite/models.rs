@@ -240,6 +240,24 @@ fn what_groups_and_products_lose_is_made_up_for() {
 }
 
 #[test]
+fn channels_keep_their_names_through_several_passes_that_move_or_remove_them() {
+    let model = open("models/fmnist_vgg.onnx");
+    let before = accuracy(&model, "data/fashion.npz");
+    let passes = [
+        "prune:ratio=0.2,group:groups=2",
+        "group:groups=2,prune:ratio=0.2",
+        "group:groups=2,svd:energy=0.97",
+        "group:groups=2,group:groups=2",
+    ];
+    for passes in passes {
+        let (small, report) = shrink(&model, &job(passes, Some("data/fashion.npz")), &mut |_| {}).unwrap();
+        let after = accuracy(&small, "data/fashion.npz");
+        assert!(after >= before - 0.1, "{passes}: {before} {after}");
+        assert!(report.after.macs * 2 < report.before.macs, "{passes}: {}", report.after.macs);
+    }
+}
+
+#[test]
 fn what_is_to_be_saved_is_what_is_saved_most() {
     let model = open("models/fmnist_vgg.onnx");
     let run = |minimize: Minimize| {

@@ -9,6 +9,7 @@ use crate::{
     analysis::linear::Linear,
     factor::{Form, Layout, Orders},
     ir::{Graph, Op, Outlet, Weight},
+    linalg::transposed,
     refit::Bias,
 };
 
@@ -27,7 +28,7 @@ pub(in crate::passes) struct Replacement {
 
 impl Site {
     /// Puts a chain in the place of each layer; `None`, and the graph is of no use then, where a value is beyond what its type holds.
-    /// Answers which layers are now in groups.
+    /// Answers what stands in the place of each layer where that is no chain.
     pub(in crate::passes) fn replace(
         &self,
         graph: &mut Graph,
@@ -134,11 +135,6 @@ impl Site {
         let right = stored.fit(&dims(rank, columns), &right)?;
         (left.value().is_finite() && right.value().is_finite()).then_some((left, right))
     }
-}
-
-/// A matrix of rows of this width, column by column.
-fn transposed(values: &[f64], width: usize) -> Vec<f64> {
-    nalgebra::DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
 }
 
 /// Adds `lost`, a value for each row of W of which a share reaches each result, to the bias of a layer.

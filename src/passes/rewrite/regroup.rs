@@ -1,6 +1,9 @@
 //! Writing layers in groups, and products with sums of Kronecker products, in the place of layers.
 
-use super::emit::{names, part};
+use super::{
+    super::reorder::inverse,
+    emit::{names, part},
+};
 use crate::{
     analysis::linear::Linear,
     factor::{Form, Layout, Orders, Shape},
@@ -165,9 +168,7 @@ pub(super) fn group(
         writer.reshape(&[-1, orders.makes.len() as i64])?;
     }
     if is_moved(&orders.makes) {
-        let mut places = vec![0; orders.makes.len()];
-        orders.makes.iter().enumerate().for_each(|(place, &channel)| places[channel] = place);
-        writer.gather(&places, axis)?;
+        writer.gather(&inverse(&orders.makes), axis)?;
         gathers.push(if beside.is_some() { writer.made().node } else { linear.node });
     }
     if let Some(beside) = beside {

@@ -193,13 +193,16 @@ impl Site {
     pub(in crate::passes) fn fits(&self, graph: &Graph, family: Family) -> bool {
         let is_dense = matches!(self.readers, Readers::Dense(_));
         let is_known = || {
-            let is_float = self
-                .stored(graph)
-                .is_some_and(|weight| [DType::Float, DType::Double, DType::Float16].contains(&weight.value().dtype()));
+            // Runtimes multiply matrices of doubles, but have no kernels for them.
+            let dtype = self.stored(graph).map(|weight| weight.value().dtype());
+            let is_float = match dtype {
+                Some(DType::Float | DType::Float16) => true,
+                Some(DType::Double) => !is_dense || family == Family::Kronecker,
+                _ => false,
+            };
             let takes_bias = |linear: &Linear| {
-                let added = graph.operand(linear.node, 2).and_then(|bias| graph.constant(bias));
-                graph.operand(linear.node, 2).is_none()
-                    || added.is_some_and(|bias| [1, linear.output_channels()].contains(&bias.len()))
+                let is_own = graph.op_of(linear.node, "MatMul").is_none();
+                !is_own || Bias::of(graph, linear).values(graph, linear).is_some()
             };
             let layers = self.linear();
             is_float && !layers.is_empty() && layers.iter().all(|linear| !linear.is_recurrent() && takes_bias(linear))
