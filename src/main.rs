@@ -171,6 +171,9 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         report
             .notes
             .push("the result would be larger than the input, so the input was kept; --force overrides".to_owned());
+        // What the passes did is told, but it is not what was written.
+        report.difference = None;
+        report.certificate = None;
     }
     if let (Some(output), false) = (&options.output, options.dry_run) {
         let _writing = interrupt.writing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -12,6 +12,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use globset::GlobSet;
 use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
 
@@ -144,7 +145,8 @@ impl Originals {
 }
 
 /// Refits the layers of `model`, which was made from `original` and of whose channels `kept` are left, on `samples`; the weights
-/// of those that read vectors of more than `max_size` elements are not fitted. Says how many layers were.
+/// of those that read vectors of more than `max_size` elements are not fitted, and none of the layers that `keep` names. Says how many
+/// layers were.
 ///
 /// # Errors
 ///
@@ -154,11 +156,16 @@ pub fn refit(
     original: &Model,
     model: &mut Model,
     kept: &Kept,
-    (what, samples, max_size): (Fit, &[Vec<Value>], usize),
+    (what, samples, max_size, keep): (Fit, &[Vec<Value>], usize, &GlobSet),
     progress: &mut dyn FnMut(&str),
 ) -> Result<usize, Cannot> {
     let is_fitted = |linear: &Linear| what == Fit::Weights && linear.is_direct() && linear.columns <= max_size;
     let mut targets = targets(original, model, kept, &is_fitted);
+    let is_kept = |target: &Target| {
+        let linear = &target.linear;
+        [model.graph.label(linear.node), model.graph.name(linear.weight)].iter().any(|name| keep.is_match(name))
+    };
+    targets.retain(|target| !is_kept(target));
     if samples.is_empty() || targets.is_empty() {
         return Ok(0);
     }

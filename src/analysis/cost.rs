@@ -135,6 +135,9 @@ impl Latency {
     /// An element of a result.
     pub const RESULT: f64 = 0.1;
 
+    /// An element that a `Gather` takes by itself.
+    pub const GATHERED: f64 = 7.5;
+
     /// All parts.
     #[must_use]
     pub fn total(&self) -> f64 {
@@ -155,9 +158,22 @@ pub fn latency(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<Latency> 
     };
     Some(Latency {
         products: macs(graph, shapes, node).unwrap_or(0.0) * Latency::PRODUCT,
-        weights: if matches!(kind, "Gemm" | "MatMul") { read(0).or_else(|| read(1)) } else { None },
-        results: size(node.out())? * Latency::RESULT,
+        weights: match kind {
+            "Gemm" | "MatMul" => read(0).or_else(|| read(1)),
+            // Along rows, that is a product of matrices.
+            "Conv" if shapes.known(graph.operand(node, 1)?)?.get(2..) == Some(&[1]) => read(1),
+            _ => None,
+        },
+        results: size(node.out())?
+            * if is_scattered(graph, shapes, node) { Latency::GATHERED } else { Latency::RESULT },
     })
+}
+
+/// Whether a node is a `Gather` along the last axis, which takes element by element.
+fn is_scattered(graph: &Graph, shapes: &Shapes, node: NodeId) -> bool {
+    let rank = graph.op_of(node, "Gather").and_then(|_| shapes.rank(graph.operand(node, 0)?));
+    let axis = graph.op(node).and_then(|op| op.int("axis")).unwrap_or(0);
+    rank.is_some_and(|rank| rank > 1 && (axis == -1 || axis == rank as i64 - 1))
 }
 
 /// Multiply-adds of one node, where it has any and its shapes are known.

@@ -173,6 +173,13 @@ impl Graph {
         }
     }
 
+    /// Calls `value`, which is no input or output of the graph, `name` or like it.
+    pub fn call(&mut self, value: Outlet, name: &str) {
+        let name = self.fresh_name(name);
+        self.forget_info(value);
+        self.rename(value, name);
+    }
+
     fn rename(&mut self, value: Outlet, name: String) {
         self.names.insert(name.clone());
         self.dag[value.node.0].outputs[value.slot as usize] = name;

@@ -68,7 +68,11 @@ impl Pass for ExactGroups {
                 grouped += site.readers();
             }
         }
-        settle(graph, &gathers, cx, Self::NAME);
+        // What holds channels in another order is no longer what it was called, by which models are compared part by part.
+        for value in settle(graph, &gathers, cx, Self::NAME) {
+            let name = graph.name_after(value, Self::NAME);
+            graph.call(value, &name);
+        }
         cx.add("layers put in groups", grouped);
         Ok(())
     }

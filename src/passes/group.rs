@@ -38,7 +38,7 @@ impl Declare for Group {
 impl Pass for Group {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let strength = Strength::of(self.groups, None, false);
-        let wants = "has no two channels to put apart";
+        let wants = "can't be put in groups: nothing divides both its channels, or it is no convolution or product of rows of 2 or 3 axes";
         let rewrite = Rewrite {
             name: Self::NAME,
             families: &[Family::Grouped { bypass: self.bypass }],

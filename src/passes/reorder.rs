@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::surgery::{select, set_ints};
 use crate::{
     analysis::channels::{Axis, Channels},
-    ir::{Graph, NodeId, Op},
+    ir::{Graph, NodeId, Op, Outlet},
     pass::Context,
     refit::Left,
 };
@@ -15,8 +15,9 @@ type Places = BTreeMap<Axis, Vec<usize>>;
 
 /// Takes out those of `gathers`, each of which puts the channels of a value in another order, that are of no use where the weights
 /// before or after them hold channels in that order; where others stand in the way, they take channels from where they now are.
-pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Context, pass: &str) {
-    let mut open = gathers.clone();
+/// Answers which values now hold channels in another order.
+pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Context, pass: &str) -> BTreeSet<Outlet> {
+    let (mut open, mut reordered) = (gathers.clone(), BTreeSet::new());
     while !open.is_empty() {
         let channels = Channels::apart(graph, &cx.telling_shapes(graph), &open);
         // Those of different channels are taken out together.
@@ -36,11 +37,16 @@ pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Con
         }
         let left = put(graph, &channels, &all, &open, pass);
         cx.kept.narrow(left);
+        reordered.extend(all.keys().map(|(value, _)| *value).filter(|value| graph.op(value.node).is_some()));
         for (gather, is_known_by_result) in found {
+            if let (true, Some(read)) = (is_known_by_result, graph.operand(gather, 0)) {
+                cx.kept.rename(graph.name(read), graph.name(gather.out()));
+            }
             take_out(graph, gather, is_known_by_result);
             open.remove(&gather);
         }
     }
+    reordered
 }
 
 /// The orders in which a `Gather` that takes these changes nothing: those of the channels after it, or of those before it.

@@ -102,6 +102,20 @@ impl Kept {
         self.moved.insert(name, moved);
     }
 
+    /// Notes that what was called `old` is now `new`, where it was moved.
+    pub fn rename(&mut self, old: &str, new: &str) {
+        let Some(moved) = self.moved.remove(old) else { return };
+        if let Some(left) = self.left.remove(old) {
+            self.left.insert(new.to_owned(), left);
+        }
+        if let Some(mixed) = self.mixed.remove(old) {
+            self.mixed.insert(new.to_owned(), mixed);
+        }
+        if moved.original != new {
+            self.moved.insert(new.to_owned(), moved);
+        }
+    }
+
     /// The name of the value of the original that the value `name` stands for.
     pub(super) fn original<'a>(&'a self, name: &'a str) -> &'a str {
         self.moved.get(name).map_or(name, |moved| &moved.original)

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use globset::GlobSet;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Job, ShrinkError};
@@ -26,6 +27,8 @@ pub(super) struct Stage<'a> {
     engine: &'a Engine,
     /// The longest vectors whose covariance is taken.
     max_size: usize,
+    /// What is left alone.
+    keep: GlobSet,
     /// Samples for fitting, and what the original computes on them.
     fit: Vec<Vec<Value>>,
     originals: Originals,
@@ -122,6 +125,7 @@ impl<'a> Stage<'a> {
             items,
             engine,
             max_size: job.max_gram_dim,
+            keep: cx.keep.clone(),
             fit,
             originals: Originals::default(),
             refits: Mutex::default(),
@@ -184,7 +188,7 @@ impl<'a> Stage<'a> {
         let mut run = |model: &Model, ways: &[Fit], originals: &Originals, samples: &[Vec<Value>]| {
             let mut fitted = model.clone();
             for &way in ways {
-                let samples = (way, samples, self.max_size);
+                let samples = (way, samples, self.max_size, &self.keep);
                 refit((self.engine, originals), &self.start.0, &mut fitted, kept, samples, progress)?;
             }
             Ok::<_, ShrinkError>(fitted)

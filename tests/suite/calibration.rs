@@ -1,5 +1,6 @@
 //! What is learned from samples, and what is made of it.
 
+use globset::GlobSet;
 use nalgebra::DMatrix;
 use onnx_shrink::{
     analysis::{linear::Linear, moments},
@@ -227,7 +228,7 @@ fn a_refit_brings_a_net_closer_to_the_original() {
             &model,
             &mut after,
             &cx.kept,
-            (Fit::Weights, &fit, 600),
+            (Fit::Weights, &fit, 600, &GlobSet::empty()),
             &mut |_| {},
         )
         .unwrap();
@@ -265,7 +266,7 @@ fn keys_make_up_for_the_channels_that_queries_and_keys_lose() {
     let made_up = error(&model, &fitted, &samples);
     assert!(made_up < 0.01 && error(&model, &bare, &samples) > 0.1, "{made_up}");
     // What the keys are fitted to is the mixture, too.
-    let way = (Fit::Weights, &samples[..], 600);
+    let way = (Fit::Weights, &samples[..], 600, &GlobSet::empty());
     let count = refit((&Engine::default(), &Originals::default()), &model, &mut fitted, &cx.kept, way, &mut |_| {});
     assert_eq!(count.unwrap(), 2);
     assert!(error(&model, &fitted, &samples) < 0.01, "{}", error(&model, &fitted, &samples));
@@ -307,7 +308,7 @@ fn channels_get_the_mean_and_deviation_that_they_have_in_the_original() {
             .fold(0.0, f64::max)
     };
     let before = far(&after);
-    let way = (Fit::Statistics, &samples[..], 600);
+    let way = (Fit::Statistics, &samples[..], 600, &GlobSet::empty());
     assert!(
         refit((&Engine::default(), &Originals::default()), &model, &mut after, &cx.kept, way, &mut |_| {}).unwrap() > 0
     );
@@ -325,7 +326,7 @@ fn a_refit_of_what_did_not_change_does_nothing() {
             &model,
             &mut same,
             &Kept::default(),
-            (Fit::Weights, &samples(8, &[1, 6]), 600),
+            (Fit::Weights, &samples(8, &[1, 6]), 600, &GlobSet::empty()),
             &mut |_| {}
         )
         .unwrap(),
@@ -352,7 +353,7 @@ fn a_shape_that_is_read_across_a_cut_is_a_constant_there() {
             &model,
             &mut after,
             &cx.kept,
-            (Fit::Weights, &samples, 600),
+            (Fit::Weights, &samples, 600, &GlobSet::empty()),
             &mut |_| {}
         )
         .unwrap()

@@ -75,9 +75,9 @@ impl<'a> Writer<'a> {
     }
 
     /// Puts channels in another order.
-    fn gather(&mut self, order: &[usize], axis: usize) -> Option<()> {
+    fn gather(&mut self, order: &[usize]) -> Option<()> {
         let indices = self.integers(&order.iter().map(|&channel| channel as i64).collect::<Vec<_>>())?;
-        self.then(Op::new("Gather").with_int("axis", axis as i64), &[indices]);
+        self.then(Op::new("Gather").with_int("axis", 1), &[indices]);
         Some(())
     }
 
@@ -146,30 +146,30 @@ pub(super) fn group(
         let stored = writer.graph.weight(weight)?.fit(&[values.len()], &values);
         constants.push(writer.graph.add_const(stored.filter(|bias| bias.value().is_finite())?, &bias));
     }
-    let axis = if is_dense { rank?.checked_sub(1)? } else { 1 };
     let mut gathers = Vec::new();
-    if is_moved(&orders.reads) {
-        writer.gather(&orders.reads, axis)?;
-        gathers.push(writer.made().node);
-    }
     if is_dense && rank == Some(2) {
         writer.reshape(&[1, -1, orders.reads.len() as i64])?;
     }
+    // Channels are gathered where those of one place lie apart: where they lie side by side, that takes longer than the layer.
     if is_dense {
         writer.transpose();
+    }
+    if is_moved(&orders.reads) {
+        writer.gather(&orders.reads)?;
+        gathers.push(writer.made().node);
     }
     writer.then(op, &constants);
     let is_last = !is_dense && !is_moved(&orders.makes) && beside.is_none();
     let node = if is_last { linear.node } else { writer.made().node };
+    if is_moved(&orders.makes) {
+        writer.gather(&inverse(&orders.makes))?;
+        gathers.push(if is_dense || beside.is_some() { writer.made().node } else { linear.node });
+    }
     if is_dense {
         writer.transpose();
     }
     if is_dense && rank == Some(2) {
         writer.reshape(&[-1, orders.makes.len() as i64])?;
-    }
-    if is_moved(&orders.makes) {
-        writer.gather(&inverse(&orders.makes), axis)?;
-        gathers.push(if beside.is_some() { writer.made().node } else { linear.node });
     }
     if let Some(beside) = beside {
         writer.then(Op::new("Add"), &[beside]);
