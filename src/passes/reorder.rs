@@ -21,14 +21,15 @@ pub(super) fn settle(graph: &mut Graph, gathers: &BTreeSet<NodeId>, cx: &mut Con
     while !open.is_empty() {
         let channels = Channels::apart(graph, &cx.telling_shapes(graph), &open);
         // Those of different channels are taken out together.
-        let (mut all, mut found) = (Places::new(), Vec::new());
+        let (mut all, mut touched, mut found) = (Places::new(), BTreeSet::new(), Vec::new());
         for &gather in &open {
             let Some((read, made, taken)) = ends(graph, &channels, gather) else { continue };
-            let is_free = |axis: &Axis| !all.contains_key(axis);
             let Some(moved) = moved(graph, &channels, (read, made, &taken), cx) else { continue };
             let is_needed = graph.is_output(made.0) && !graph.can_take_name(read.0);
-            if !is_needed && moved.keys().chain([&read, &made]).all(is_free) {
+            let touches: Vec<Axis> = moved.keys().copied().chain([read, made]).collect();
+            if !is_needed && touches.iter().all(|axis| !touched.contains(axis)) {
                 found.push((gather, moved.contains_key(&made)));
+                touched.extend(touches);
                 all.extend(moved);
             }
         }
