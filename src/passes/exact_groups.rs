@@ -17,11 +17,11 @@ use crate::{
 /// Put layers in groups where channels are read by some only.
 ///
 /// Where the weights of a `Conv`, `ConvTranspose`, `Gemm` or `MatMul` are zero between all channels of one part and those of another,
-/// in whatever order they stand, the layer becomes a convolution in as many groups as there are parts of equal size. The layers
-/// around hold their channels in the order of the groups; a `Gather` remains where they can't.
+/// in whatever order they stand, the layer becomes a convolution in as many groups as a greedy packing finds parts of equal size. The
+/// layers around hold their channels in the order of the groups; a `Gather` remains where they can't.
 ///
-/// Applies when: the weight has at least 1 024 elements of 32 bits, and is no input or output of something else. In the bodies of
-/// control flow, nothing is looked for.
+/// Applies when: the weight has at least 1 024 elements of 32 bits, only layers of one kind read it, and more is saved than nodes that
+/// move channels would take. In the bodies of control flow, nothing is looked for.
 ///
 /// Fidelity: rounding.
 #[derive(Debug, clap::Parser)]
