@@ -12,7 +12,7 @@ mod kronecker;
 use nalgebra::DMatrix;
 
 pub use self::{
-    blocks::{Components, Orders, cocluster},
+    blocks::{Components, Orders},
     evbmf::evbmf_rank,
     family::{Family, Prepared},
     form::{Form, Layout},

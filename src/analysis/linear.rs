@@ -117,6 +117,12 @@ impl Window {
     }
 }
 
+/// Whether `node` is of a kind that multiplies by weights: a `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
+#[must_use]
+pub fn multiplies(graph: &Graph, node: NodeId) -> bool {
+    ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|kind| graph.op_of(node, kind).is_some())
+}
+
 impl Linear {
     /// The layer that `node` is, if it is one.
     #[must_use]

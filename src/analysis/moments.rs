@@ -132,10 +132,13 @@ pub fn together(table: &Table, graph: &Graph, layers: &[Linear]) -> Option<Vec<M
 #[must_use]
 pub fn together_of_kept(table: &Table, kept: &Kept, graph: &Graph, layers: &[Linear]) -> Option<Vec<Moments>> {
     merged(layers, |layer| {
-        // A layer that was put in groups read all channels alike before.
-        let mut one = layer.clone();
-        one.groups = 1;
-        let whole = table.get(&layer.source(graph)).or_else(|| table.get(&one.source(graph)))?;
+        let before_groups = || {
+            // A layer that was put in groups read all channels alike before.
+            let mut one = layer.clone();
+            one.groups = 1;
+            table.get(&one.source(graph))
+        };
+        let whole = table.get(&layer.source(graph)).or_else(before_groups)?;
         let all: Vec<usize>;
         let left = match kept.channels_of(graph.name(layer.input))? {
             Some(left) => left,

@@ -81,6 +81,12 @@ pub(super) fn split(
 }
 
 impl Orders {
+    /// Appends the orders of group `place` of a layer of this `shape`, counted within the group.
+    pub fn append(&mut self, own: &Self, shape: &Shape, place: usize) {
+        self.reads.extend(own.reads.iter().map(|channel| place * shape.reads + channel));
+        self.makes.extend(own.makes.iter().map(|channel| place * shape.makes + channel));
+    }
+
     /// The rows and columns of W that one of so many parts has.
     fn elements(&self, shape: &Shape, parts: usize, part: usize) -> (Vec<usize>, Vec<usize>) {
         let of_channels = |order: &[usize], taps: usize| {
@@ -160,8 +166,7 @@ const ROUNDS: usize = 30;
 /// Splits rows and columns in `parts` of equal size that keep as much as can be found of the sum of what rows and columns of one
 /// part have in common: from the leading singular vectors (Dhillon 2001), and from the order as it is, rows and columns are
 /// assigned in turn until nothing is gained. Within a part, they stay in order.
-#[must_use]
-pub fn cocluster(energies: &DMatrix<f64>, parts: usize) -> Orders {
+fn cocluster(energies: &DMatrix<f64>, parts: usize) -> Orders {
     let natural = |count: usize| (0..count).map(|i| i * parts / count).collect::<Vec<_>>();
     let starts = [natural(energies.ncols()), spectral(energies, parts)];
     let turned = energies.transpose();

@@ -171,9 +171,7 @@ impl Prepared {
             fitted.stages.iter_mut().zip(weights).for_each(|(stage, own)| stage.extend(own));
             fitted.whole.push(made);
             if let Some(orders) = group.orders(form) {
-                let all = fitted.orders.get_or_insert_default();
-                all.reads.extend(orders.reads.iter().map(|channel| place * shape.reads + channel));
-                all.makes.extend(orders.makes.iter().map(|channel| place * shape.makes + channel));
+                fitted.orders.get_or_insert_default().append(orders, shape, place);
             }
         }
         let fits = fitted.stages.iter().zip(&layouts).all(|(stage, layout)| stage.len() == layout.elements());

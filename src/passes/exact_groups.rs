@@ -9,6 +9,7 @@ use super::{
     rewrite::{Replacement, Site, Statistics},
 };
 use crate::{
+    analysis::linear::multiplies,
     factor::{Components, Family, Form, Orders, Shape},
     ir::{DType, Graph, Tensor},
     pass::{Context, Declare, Fidelity, Pass},
@@ -43,9 +44,7 @@ impl Pass for ExactGroups {
         let weights: BTreeSet<_> = graph
             .ops()
             .into_iter()
-            .filter(|&id| {
-                ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|kind| graph.op_of(id, kind).is_some())
-            })
+            .filter(|&id| multiplies(graph, id))
             .filter_map(|id| graph.operand(id, 1))
             .filter(|&weight| graph.constant(weight).is_some_and(is_suspect))
             .collect();
@@ -61,9 +60,7 @@ impl Pass for ExactGroups {
                 continue;
             }
             let Some((form, chain)) = exact(graph, &site, &statistics) else { continue };
-            let mut next = graph.clone();
-            if let Some(regrouped) = site.replace(&mut next, form, &chain, Self::NAME) {
-                *graph = next;
+            if let Some(regrouped) = site.replace(graph, form, &chain, Self::NAME) {
                 gathers.extend(regrouped.into_iter().flat_map(|regrouped| regrouped.gathers));
                 grouped += site.readers();
             }
@@ -104,8 +101,7 @@ fn exact(graph: &Graph, site: &Site, statistics: &Statistics) -> Option<(Form, R
     let (mut stage, mut orders) = (Vec::new(), Orders::default());
     for (place, (matrix, own)) in target.matrices.iter().zip(&all).enumerate() {
         stage.extend(own.weight(matrix, shape, parts));
-        orders.reads.extend(own.reads.iter().map(|channel| place * shape.reads + channel));
-        orders.makes.extend(own.makes.iter().map(|channel| place * shape.makes + channel));
+        orders.append(own, shape, place);
     }
     let form = Form::Grouped { parts, bypass: 0 };
     // Both sides may have to be gathered, by names as long as they come.

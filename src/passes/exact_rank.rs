@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::rewrite::{Replacement, Site, Statistics};
 use crate::{
-    analysis::moments::side_by_side,
+    analysis::{linear::multiplies, moments::side_by_side},
     factor::{Family, Form, Shape, Target},
     ir::{DType, Graph, NodeId, Outlet, Tensor},
     linalg::{Spectrum, least_rank},
@@ -57,12 +57,10 @@ impl Pass for ExactRank {
                     continue;
                 }
                 let find = || exact(graph, &site, &statistics);
-                if let Some((form, chain)) = &*cx.remember(site.key ^ EXACT, find) {
-                    let mut next = graph.clone();
-                    if site.replace(&mut next, *form, chain, Self::NAME).is_some() {
-                        *graph = next;
-                        split += site.readers();
-                    }
+                if let Some((form, chain)) = &*cx.remember(site.key ^ EXACT, find)
+                    && site.replace(graph, *form, chain, Self::NAME).is_some()
+                {
+                    split += site.readers();
                 }
             }
             // What is left of a kernel may be of low rank on its other side.
@@ -80,9 +78,7 @@ fn suspects(graph: &Graph, cx: &mut Context) -> BTreeSet<Outlet> {
     let mut questions = Vec::new();
     for node in graph.ops() {
         let slots = (0..2).filter_map(|slot| graph.operand(node, slot));
-        for weight in
-            slots.filter(|_| ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|k| graph.op_of(node, k).is_some()))
-        {
+        for weight in slots.filter(|_| multiplies(graph, node)) {
             let Some(tensor) = graph.constant(weight) else { continue };
             if tensor.dtype() == DType::Float && tensor.len() >= LEAST {
                 let groups = graph.op(node).and_then(|op| op.int("group")).unwrap_or(1).max(1) as usize;

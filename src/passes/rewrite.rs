@@ -11,10 +11,10 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use self::regroup::Regrouped;
 use self::{
     allocate::{Candidate, allocate},
     cost::Costs,
+    regroup::Regrouped,
     site::sites,
 };
 pub(super) use self::{
@@ -310,9 +310,7 @@ impl Rewrite<'_> {
         outermost: bool,
     ) -> Option<Vec<NodeId>> {
         let site = &choices.site;
-        let mut next = graph.clone();
-        let regrouped = site.replace(&mut next, form, chain, self.name)?;
-        *graph = next;
+        let regrouped = site.replace(graph, form, chain, self.name)?;
         if outermost {
             note(graph, site, (form, chain), &regrouped, cx);
         }

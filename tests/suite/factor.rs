@@ -2,6 +2,8 @@
 
 use nalgebra::DMatrix;
 use onnx_shrink::{
+    analysis::linear::Linear,
+    codec::Model,
     factor::{Family, Form, Metric, Orders, Shape, Target},
     ir::{Tensor, Weight},
     linalg::normal,
@@ -205,36 +207,55 @@ const LAYERS: &[(&str, &str, &str)] = &[
     ("float[N,8,4,5]", "float[8,3,2,3]", "ConvTranspose <group = 2, dilations = [1, 2]>"),
 ];
 
+/// A model of one layer, and what a pass makes of it; `None` where that is nothing.
+fn rewritten((input, weight, layer): (&str, &str, &str), pass: &str) -> Option<(Model, Model)> {
+    let rank = input.matches(',').count() + 1;
+    let open = ["N", "A", "B", "C", "D"][..rank].join(",");
+    let text = format!(
+        "<ir_version: 8, opset_import: [\"\": 17]>\ng ({input} x) => (float[{open}] y)\n<{weight} w = normal(1)>\n{{\n y = {layer} (x, w)\n}}\n"
+    );
+    let whole = text::parse(&text).unwrap();
+    let mut chain = whole.clone();
+    let mut cx = Context::at(Samples::likely_shapes(&whole, &Request::default()));
+    let passes: Vec<_> = pipeline::parse(pass).unwrap().into_iter().skip(1).take(1).collect();
+    pipeline::run(&passes, &mut chain, &mut cx, Price::default()).unwrap();
+    (chain.graph.edits() != whole.graph.edits()).then_some((whole, chain))
+}
+
+/// Fails where `chain` does not compute what the only layer of `whole` does with these elements of its weight.
+fn assert_computes(mut whole: Model, chain: &Model, values: &[f64], what: &str) {
+    let weight = Linear::all(&whole.graph).remove(0).weight;
+    let stored = whole.graph.constant(weight).unwrap();
+    let tensor = Tensor::floats(stored.dtype(), stored.dims(), values).unwrap();
+    whole.graph.set_weight(weight, Weight::dense(tensor));
+    let samples = Samples::gather(&whole, &Request::default()).unwrap().part(Split::Last);
+    let difference = Reference::new(&Engine::default(), &whole, samples).unwrap().compare(chain).unwrap();
+    assert!(difference.rounding < 1e-5, "{what}: {difference:?}\n{}", text::print(chain));
+}
+
+/// The only layer of a model, and the axes of its weight.
+fn only_layer(model: &Model) -> (Linear, Shape) {
+    let layer = Linear::all(&model.graph).remove(0);
+    let dims = model.graph.constant(layer.weight).unwrap().dims();
+    let spreads = model.graph.op_of(layer.node, "ConvTranspose").is_some();
+    let (makes, reads) = match (spreads, dims.len()) {
+        (true, _) => (dims[1], dims[0] / layer.groups),
+        (false, 2) => (layer.rows, layer.columns),
+        (false, _) => (dims[0] / layer.groups, dims[1]),
+    };
+    let shape = Shape { groups: layer.groups, makes, reads, kernel: dims[2..].to_vec(), spreads };
+    (layer, shape)
+}
+
 #[test]
 fn a_chain_computes_what_the_layer_does_with_the_kernel_that_it_makes() {
     let passes = ["svd:rank=2", "spatial:rank=3", "tucker:energy=0.6", "separate:multiplier=2"];
     let mut replaced = 0;
-    for ((input, weight, layer), passes) in LAYERS.iter().flat_map(|layer| passes.iter().map(move |pass| (layer, pass)))
-    {
-        let text = format!(
-            "<ir_version: 8, opset_import: [\"\": 17]>\ng ({input} x) => (float[N,A,B,C,D] y)\n<{weight} w = normal(1)>\n{{\n y = {layer} (x, w)\n}}\n"
-        );
-        let rank = input.matches(',').count() + 1;
-        let text = text.replace("[N,A,B,C,D]", &format!("[{}]", ["N", "A", "B", "C", "D"][..rank].join(",")));
-        let whole = text::parse(&text).unwrap();
-        let mut chain = whole.clone();
-        let mut cx = Context::at(Samples::likely_shapes(&whole, &Request::default()));
-        let passes: Vec<_> = pipeline::parse(passes).unwrap().into_iter().skip(1).take(1).collect();
-        pipeline::run(&passes, &mut chain, &mut cx, Price::default()).unwrap();
-        if chain.graph.edits() == whole.graph.edits() {
-            continue;
-        }
+    for (&layer, pass) in LAYERS.iter().flat_map(|layer| passes.iter().map(move |pass| (layer, pass))) {
+        let Some((whole, chain)) = rewritten(layer, pass) else { continue };
         // The kernel that the chain makes is what it answers to one pixel at a time: read it off in the layer's own form.
-        let mut same = whole.clone();
-        let node = same.graph.ops()[0];
-        let value = same.graph.operand(node, 1).unwrap();
         let composed = composed(&whole, &chain);
-        let dims = same.graph.constant(value).unwrap().dims().to_vec();
-        let tensor = Tensor::floats(same.graph.constant(value).unwrap().dtype(), &dims, &composed).unwrap();
-        same.graph.set_weight(value, Weight::dense(tensor));
-        let samples = Samples::gather(&whole, &Request::default()).unwrap().part(Split::Last);
-        let difference = Reference::new(&Engine::default(), &same, samples).unwrap().compare(&chain).unwrap();
-        assert!(difference.rounding < 1e-5, "{layer}: {difference:?}\n{}", text::print(&chain));
+        assert_computes(whole, &chain, &composed, &format!("{layer:?} {pass}"));
         replaced += 1;
     }
     assert!(replaced > 20, "{replaced}");
@@ -251,7 +272,6 @@ const PRODUCTS: &[(&str, &str, &str)] = &[
 
 #[test]
 fn layers_in_groups_and_sums_of_products_compute_what_they_were_fitted_to() {
-    use onnx_shrink::analysis::linear::Linear;
     let passes = [
         ("group:groups=2", Family::Grouped { bypass: 0 }),
         ("group:groups=2:bypass=2", Family::Grouped { bypass: 2 }),
@@ -259,52 +279,22 @@ fn layers_in_groups_and_sums_of_products_compute_what_they_were_fitted_to() {
     ];
     let mut replaced = 0;
     let layers = LAYERS.iter().chain(PRODUCTS).flat_map(|layer| passes.iter().map(move |pass| (layer, pass)));
-    for ((input, weight, layer), (pass, family)) in layers {
-        let rank = input.matches(',').count() + 1;
-        let open = ["N", "A", "B", "C", "D"][..rank].join(",");
-        let text = format!(
-            "<ir_version: 8, opset_import: [\"\": 17]>\ng ({input} x) => (float[{open}] y)\n<{weight} w = normal(1)>\n{{\n y = {layer} (x, w)\n}}\n"
-        );
-        let mut whole = text::parse(&text).unwrap();
-        let mut chain = whole.clone();
-        let mut cx = Context::at(Samples::likely_shapes(&whole, &Request::default()));
-        let passes: Vec<_> = pipeline::parse(pass).unwrap().into_iter().skip(1).take(1).collect();
-        pipeline::run(&passes, &mut chain, &mut cx, Price::default()).unwrap();
-        if chain.graph.edits() == whole.graph.edits() {
-            continue;
-        }
-        let layer = Linear::all(&whole.graph).remove(0);
-        let stored = whole.graph.constant(layer.weight).unwrap();
-        let (dims, spreads) = (stored.dims().to_vec(), whole.graph.op_of(layer.node, "ConvTranspose").is_some());
-        let kernel = dims[2..].to_vec();
-        let (makes, reads) = match (spreads, kernel.is_empty()) {
-            (true, _) => (dims[1], dims[0] / layer.groups),
-            (false, true) => (layer.rows, layer.columns),
-            (false, false) => (dims[0] / layer.groups, dims[1]),
-        };
-        let matrices = layer.matrices(&stored.f64s().unwrap());
-        let shape = Shape { groups: layer.groups, makes, reads, kernel, spreads };
-        let metrics = vec![Metric::Identity; matrices.len()];
-        let target = Target { matrices, metrics, shape: shape.clone() };
-        let fitted = family.prepare(&target, Some(2)).unwrap().fit(&target, family.member(&shape, 2)).unwrap();
-        let tensor = Tensor::floats(stored.dtype(), &dims, &layer.elements(&fitted.whole)).unwrap();
-        whole.graph.set_weight(layer.weight, Weight::dense(tensor));
-        let samples = Samples::gather(&whole, &Request::default()).unwrap().part(Split::Last);
-        let difference = Reference::new(&Engine::default(), &whole, samples).unwrap().compare(&chain).unwrap();
-        assert!(difference.rounding < 1e-5, "{text} {pass}: {difference:?}\n{}", text::print(&chain));
+    for (&layer, &(pass, family)) in layers {
+        let Some((whole, chain)) = rewritten(layer, pass) else { continue };
+        let (linear, shape) = only_layer(&whole);
+        let matrices = linear.matrices(&whole.graph.constant(linear.weight).unwrap().f64s().unwrap());
+        let form = family.member(&shape, 2);
+        let target = Target { metrics: vec![Metric::Identity; matrices.len()], matrices, shape };
+        let fitted = family.prepare(&target, Some(2)).unwrap().fit(&target, form).unwrap();
+        assert_computes(whole, &chain, &linear.elements(&fitted.whole), &format!("{layer:?} {pass}"));
         replaced += 1;
     }
     assert_eq!(replaced, 27);
 }
 
 /// The elements of the weight of the only layer of `whole` with which it computes what `chain` does.
-fn composed(whole: &onnx_shrink::codec::Model, chain: &onnx_shrink::codec::Model) -> Vec<f64> {
-    use onnx_shrink::analysis::linear::Linear;
-    let layer = Linear::all(&whole.graph).remove(0);
-    let dims = whole.graph.constant(layer.weight).unwrap().dims().to_vec();
-    let spreads = whole.graph.op_of(layer.node, "ConvTranspose").is_some();
-    let (makes, reads) = if spreads { (dims[1], dims[0] / layer.groups) } else { (dims[0] / layer.groups, dims[1]) };
-    let shape = Shape { groups: layer.groups, makes, reads, kernel: dims[2..].to_vec(), spreads };
+fn composed(whole: &Model, chain: &Model) -> Vec<f64> {
+    let (layer, shape) = only_layer(whole);
     let parts = Linear::all(&chain.graph);
     let stages: Vec<Vec<f64>> =
         parts.iter().map(|part| chain.graph.constant(part.weight).unwrap().f64s().unwrap()).collect();

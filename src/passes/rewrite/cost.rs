@@ -2,7 +2,7 @@
 
 use super::site::{Readers, Site};
 use crate::{
-    analysis::{cost::Latency, shapes::Shapes},
+    analysis::{cost::Latency, linear::multiplies, shapes::Shapes},
     factor::{Form, Layout, Shape},
     ir::{Graph, NodeId},
     pass::Minimize,
@@ -84,14 +84,12 @@ impl Moves {
         match form {
             // Of the channels that are read or made, those of one side come in their order from the weights around; a matrix is also
             // turned so that its rows are places, and back.
-            Form::Grouped { bypass: 0, .. } if shape.kernel.is_empty() => {
-                Self { nodes: 5, indices: reads, values: 2 * reads + makes }
+            Form::Grouped { bypass, .. } => {
+                let (nodes, turned) = if shape.kernel.is_empty() { (5, reads + makes) } else { (1, 0) };
+                // What is beside it is added.
+                let sums = usize::from(bypass > 0);
+                Self { nodes: nodes + sums, indices: reads, values: reads + turned + sums * makes }
             }
-            Form::Grouped { .. } if shape.kernel.is_empty() => {
-                Self { nodes: 6, indices: reads, values: 2 * (reads + makes) }
-            }
-            Form::Grouped { bypass: 0, .. } => Self { nodes: 1, indices: reads, values: reads },
-            Form::Grouped { .. } => Self { nodes: 2, indices: reads, values: reads + makes },
             Form::Kronecker { terms, .. } => Self { nodes: terms + 1, indices: 0, values: (terms - 1) * makes },
             _ => Self::default(),
         }
@@ -117,7 +115,7 @@ impl Places {
             let extent = |axis: usize| Some((*read.get(axis + 2)? as f64, *made.get(axis + 2)? as f64));
             (*read.first()? as f64, (0..axes).map(extent).collect::<Option<_>>()?)
         };
-        let counts = ["Conv", "ConvTranspose", "Gemm", "MatMul"].iter().any(|kind| graph.op_of(node, kind).is_some());
+        let counts = multiplies(graph, node);
         Some(Self { count, extents, spreads: site.shape.spreads, counts })
     }
 

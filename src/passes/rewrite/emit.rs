@@ -27,8 +27,8 @@ pub(in crate::passes) struct Replacement {
 }
 
 impl Site {
-    /// Puts a chain in the place of each layer; `None`, and the graph is of no use then, where a value is beyond what its type holds.
-    /// Answers what stands in the place of each layer where that is no chain.
+    /// Puts a chain in the place of each layer; `None`, and nothing done, where a value is beyond what its type holds. Answers what
+    /// stands in the place of each layer where that is no chain.
     pub(in crate::passes) fn replace(
         &self,
         graph: &mut Graph,
@@ -36,9 +36,20 @@ impl Site {
         chain: &Replacement,
         pass: &str,
     ) -> Option<Vec<Regrouped>> {
-        if let Form::Grouped { .. } | Form::Kronecker { .. } = form {
-            return self.regroup(graph, form, chain, pass);
-        }
+        let mut next = graph.clone();
+        let written = match form {
+            Form::Grouped { .. } | Form::Kronecker { .. } => self.regroup(&mut next, form, chain, pass)?,
+            _ => {
+                self.split(&mut next, form, chain, pass)?;
+                Vec::new()
+            }
+        };
+        *graph = next;
+        Some(written)
+    }
+
+    /// Writes layers of which each reads what the one before makes.
+    fn split(&self, graph: &mut Graph, form: Form, chain: &Replacement, pass: &str) -> Option<()> {
         let stored = self.stored(graph)?.clone();
         let layouts = form.layouts(&self.shape);
         let shares: Vec<_> = self.linear().iter().map(|linear| self.share(graph, linear)).collect();
@@ -76,10 +87,10 @@ impl Site {
                 add_to_bias(graph, linear, (lost, share), pass)?;
             }
         }
-        Some(Vec::new())
+        Some(())
     }
 
-    /// The same for forms whose layers do not read what the layer did.
+    /// Writes layers that do not read what the layer did.
     fn regroup(&self, graph: &mut Graph, form: Form, chain: &Replacement, pass: &str) -> Option<Vec<Regrouped>> {
         let (stored, layouts, lost) = (self.stored(graph)?.clone(), form.layouts(&self.shape), chain.lost.as_deref());
         let mut weights = Vec::new();
