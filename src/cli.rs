@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    codec::Runtime,
     pass::Minimize,
     shrink::MAX_GRAM_DIM,
     verify::{Engine, Request},
@@ -151,6 +152,9 @@ pub struct Shrink {
     /// vectors even so not at all: a statistic takes 8 bytes for the square of that.
     #[arg(long, value_name = "D", default_value_t = MAX_GRAM_DIM)]
     pub max_gram_dim: usize,
+    /// What is to run the result: how weights that are stored in fewer bytes are spelled.
+    #[arg(long, value_enum, default_value_t = Runtime::Onnxruntime)]
+    pub runtime: Runtime,
     /// Write what was done as JSON; - is standard output.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,

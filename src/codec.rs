@@ -3,7 +3,9 @@
 mod decode;
 mod encode;
 mod external;
+mod lower;
 mod map;
+mod raise;
 mod save;
 
 use std::{
@@ -16,7 +18,12 @@ use prost::Message;
 
 pub use self::{
     external::ExternalError,
+    lower::{Runtime, least_opset},
     save::{Saved, save, size_at},
+};
+pub(crate) use self::{
+    lower::{is_multiplied_by_codes, spelled_bytes},
+    raise::moved,
 };
 use crate::{
     ir::{Graph, InvalidGraph, TensorError},
@@ -31,6 +38,8 @@ pub(crate) const MAX_MESSAGE: usize = i32::MAX as usize;
 pub struct Model {
     /// The main graph.
     pub graph: Graph,
+    /// What is to run the file, by which stored weights are spelled.
+    pub runtime: Runtime,
     /// The message without the graph.
     pub(crate) rest: ModelProto,
     /// Where the model came from.
@@ -145,6 +154,16 @@ impl Model {
     /// The message of this model: that which was read, where nothing was edited.
     #[must_use]
     pub fn to_proto(&self) -> ModelProto {
+        encode::model(&self.lowered())
+    }
+
+    /// The bytes of the message with each weight element by element: the twin, which any engine runs that runs the original.
+    pub(crate) fn encode_twin(&self) -> Vec<u8> {
+        encode::model(self).encode_to_vec()
+    }
+
+    /// The message in which constants are what they stand for, however they are stored.
+    pub(crate) fn twin_proto(&self) -> ModelProto {
         encode::model(self)
     }
 
@@ -175,7 +194,7 @@ impl Model {
     /// A model of `graph`, a segment of this one's, over the same operator sets and functions.
     pub(crate) fn with_graph(&self, graph: Graph) -> Self {
         let rest = ModelProto { training_info: Vec::new(), ..self.rest.clone() };
-        Self { graph, rest, source: Source::default() }
+        Self { graph, runtime: self.runtime, rest, source: Source::default() }
     }
 
     /// Bytes of the file it was read from, external data included.

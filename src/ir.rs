@@ -17,6 +17,7 @@ mod edit;
 mod extract;
 mod inline;
 mod op;
+mod storage;
 pub mod tensor;
 mod weight;
 
@@ -31,8 +32,9 @@ use petgraph::{
 pub use self::{
     check::InvalidGraph,
     op::{Body, Op},
+    storage::{Affine, Codebook, Codes, Storage},
     tensor::{DType, Tensor, TensorError},
-    weight::{Const, Storage, Weight},
+    weight::{Const, Weight},
 };
 pub(crate) use self::{edit::fresh, weight::Origin};
 use crate::proto::{GraphProto, SparseTensorProto, ValueInfoProto};

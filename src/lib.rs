@@ -4,6 +4,7 @@
 pub mod analysis;
 pub mod cli;
 pub mod codec;
+pub mod coding;
 pub mod eval;
 pub mod factor;
 pub mod ir;

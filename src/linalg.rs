@@ -9,7 +9,8 @@ use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 
 pub use self::solve::{
-    Cholesky, add_cross, add_gram, energy, product, solve_lower, solve_lower_transposed, subtract_product,
+    Cholesky, add_cross, add_gram, add_product_of, energy, product, solve_lower, solve_lower_transposed,
+    subtract_product,
 };
 
 /// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).

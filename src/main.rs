@@ -153,6 +153,7 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         moments: moments(&options.moments, &model)?,
         max_gram_dim: options.max_gram_dim,
         keep,
+        runtime: options.runtime,
         keep_initializer_inputs: options.keep_initializer_inputs,
         verify: !options.no_verify,
         warn: if options.quiet { |_| {} } else { |warning| eprintln!("warning: {warning}") },
@@ -401,7 +402,10 @@ fn untaken_note(difference: &Difference) -> String {
 
 fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
     let model = read(path)?;
-    let cost = Cost::of(&model, &Samples::likely_shapes(&model, &Request::default()));
+    let mut raised = model.clone();
+    raised.raise();
+    let cost = Cost::of(&raised, &Samples::likely_shapes(&raised, &Request::default()));
+    let cost = Cost { bytes: Cost::bytes(&model), ..cost };
     let ops: Vec<_> = cost.nodes.iter().map(|(op, count)| format!("  {op} {count}\n")).collect();
     let opset = |(domain, version): (&str, i64)| {
         format!("opset      {} {version}\n", if domain.is_empty() { "ai.onnx" } else { domain })
@@ -423,7 +427,10 @@ fn inspect(path: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::Result<ExitCode> {
-    let (first, second) = (read(a)?, read(b)?);
+    let (mut first, mut second) = (read(a)?, read(b)?);
+    // An engine need not know how a file spells its weights.
+    first.raise();
+    second.raise();
     let request = request(feeds)?;
     let samples = Samples::gather(&first, &request)?;
     let (difference, budget) = if samples.unrunnable.is_none() {

@@ -14,6 +14,7 @@ use crate::{
         moments,
         shapes::{Shapes, declared_dims},
     },
+    codec::Runtime,
     ir::{Graph, NodeId, Outlet},
     proto::tensor_shape_proto::dimension,
     refit::Kept,
@@ -71,6 +72,9 @@ pub trait Declare: Pass + clap::Parser + Sized + 'static {
     const NAME: &'static str;
     /// What it may do to the model's outputs.
     const FIDELITY: Fidelity;
+    /// Whether it stores weights as other passes would not have them: `simplify` runs it before and after those, and only where nothing
+    /// comes after `simplify`.
+    const STORES: bool = false;
 }
 
 /// Makes a pass of its name and options.
@@ -83,6 +87,8 @@ pub struct PassInfo {
     pub name: &'static str,
     /// See [`Declare::FIDELITY`].
     pub fidelity: Fidelity,
+    /// See [`Declare::STORES`].
+    pub stores: bool,
     build: Build,
     command: fn() -> clap::Command,
 }
@@ -94,6 +100,7 @@ impl PassInfo {
         Self {
             name: P::NAME,
             fidelity: P::FIDELITY,
+            stores: P::STORES,
             build: |argv| Ok(Box::new(P::try_parse_from(argv)?)),
             command: P::command,
         }
@@ -160,6 +167,8 @@ pub struct Context {
     pub declined: Vec<String>,
     /// What is to be saved.
     pub minimize: Minimize,
+    /// What is to run the result.
+    pub runtime: Runtime,
     /// Whether the size of the result is given, and not its error.
     pub has_target: bool,
     /// What layers read, over samples; empty where there are none.

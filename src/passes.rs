@@ -1,5 +1,6 @@
 //! The passes: one a file, one visible list.
 
+mod codebook;
 mod control_flow;
 mod dead_channels;
 mod dead_nodes;
@@ -7,6 +8,7 @@ mod dedupe;
 mod depth;
 mod exact_groups;
 mod exact_rank;
+mod exact_storage;
 mod factor;
 mod fold_constants;
 mod fuse_activation;
@@ -18,17 +20,21 @@ mod fuse_matmul_add;
 mod fuse_movement;
 mod fuse_pad;
 mod group;
+mod half;
 mod identity;
 mod kron;
 mod layer;
 mod layout;
+mod menu;
 mod merge_linear;
 mod prune;
+mod quantize;
 mod reorder;
 mod rewrite;
 mod separate;
 mod share_constants;
 mod spatial;
+mod store;
 mod surgery;
 mod svd;
 mod tucker;
@@ -39,7 +45,8 @@ use crate::pass::PassInfo;
 /// would be work for the others, and branches that are always taken are put in place next since what is in them is, too.
 /// Identities go before folding since they hide constants, and folding before merging since it makes equal constants.
 /// `Transpose`s go before the fusions since they stand between what is fused: activations first, then the sums and products
-/// that go into the layers around them. Constants are shared last, since what is shared can't be fused.
+/// that go into the layers around them. Constants are shared late, since what is shared can't be fused, and stored otherwise
+/// once nothing else finds work.
 pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dead_nodes::DeadNodes>(),
     PassInfo::of::<control_flow::ControlFlow>(),
@@ -60,6 +67,7 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<exact_groups::ExactGroups>(),
     PassInfo::of::<exact_rank::ExactRank>(),
     PassInfo::of::<share_constants::ShareConstants>(),
+    PassInfo::of::<exact_storage::ExactStorage>(),
     PassInfo::of::<svd::Svd>(),
     PassInfo::of::<spatial::Spatial>(),
     PassInfo::of::<tucker::Tucker>(),
@@ -69,6 +77,9 @@ pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<factor::Factor>(),
     PassInfo::of::<prune::Prune>(),
     PassInfo::of::<depth::Depth>(),
+    PassInfo::of::<quantize::Quantize>(),
+    PassInfo::of::<codebook::Codebook>(),
+    PassInfo::of::<half::Half>(),
 ];
 
 /// The pass called `name`.

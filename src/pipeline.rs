@@ -34,7 +34,10 @@ pub struct Step {
 #[derive(Debug)]
 pub enum Item {
     /// All exact and rounding passes, until none finds work.
-    Simplify,
+    Simplify {
+        /// Whether nothing comes after it, so that weights may be stored as nothing else would have them.
+        is_last: bool,
+    },
     /// One pass.
     Pass(Step),
 }
@@ -44,7 +47,7 @@ impl Item {
     #[must_use]
     pub fn fidelity(&self) -> Fidelity {
         match self {
-            Self::Simplify => Fidelity::Rounding,
+            Self::Simplify { .. } => Fidelity::Rounding,
             Self::Pass(step) => step.info.fidelity,
         }
     }
@@ -113,7 +116,7 @@ pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
                 return Err(ParseError::Preset(name.to_owned()));
             }
             if name == SIMPLIFY {
-                items.push(Item::Simplify);
+                items.push(Item::Simplify { is_last: false });
             }
             continue;
         }
@@ -126,8 +129,11 @@ pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
         items.push(Item::Pass(Step { info, pass, spelling: spelling.to_owned() }));
     }
     if !items.is_empty() && items.iter().all(|item: &Item| item.fidelity() == Fidelity::Lossy) {
-        items.insert(0, Item::Simplify);
-        items.push(Item::Simplify);
+        items.insert(0, Item::Simplify { is_last: false });
+        items.push(Item::Simplify { is_last: false });
+    }
+    if let Some(Item::Simplify { is_last }) = items.last_mut() {
+        *is_last = true;
     }
     Ok(items)
 }
@@ -209,7 +215,7 @@ pub fn run<'a>(
     let mut bytes = Cost::bytes(model);
     for item in items {
         match item {
-            Item::Simplify => simplify(model, &mut bytes, cx, &mut outcomes)?,
+            Item::Simplify { is_last } => simplify(model, &mut bytes, *is_last, cx, &mut outcomes)?,
             Item::Pass(step) => {
                 cx.reset(price);
                 outcomes.push(one(&step.spelling, step.info.fidelity, step.pass.as_ref(), (model, &mut bytes), cx)?);
@@ -245,14 +251,16 @@ fn one(
 fn simplify(
     model: &mut Model,
     bytes: &mut usize,
+    is_last: bool,
     cx: &mut Context,
     outcomes: &mut Vec<Outcome>,
 ) -> Result<(), PipelineError> {
-    let passes: Vec<_> = PASSES.iter().filter(|info| info.fidelity != Fidelity::Lossy).collect();
+    let exact = || PASSES.iter().filter(|info| info.fidelity != Fidelity::Lossy);
+    let storing: Vec<_> = exact().filter(|info| info.stores && is_last).collect();
+    let passes: Vec<_> = exact().filter(|info| !info.stores).collect();
     let first = outcomes.len();
-    for _ in 0..MAX_ROUNDS {
-        let edits = model.graph.edits();
-        for (i, info) in passes.iter().enumerate() {
+    let mut run = |infos: &[&PassInfo], first: usize, model: &mut Model| {
+        for (i, info) in infos.iter().enumerate() {
             let Ok(pass) = info.build(&[]) else { continue };
             cx.reset(Price::default());
             let outcome = one(info.name, info.fidelity, pass.as_ref(), (model, bytes), cx)?;
@@ -261,11 +269,17 @@ fn simplify(
                 None => outcomes.push(outcome),
             }
         }
+        Ok(())
+    };
+    run(&storing, first, model)?;
+    for _ in 0..MAX_ROUNDS {
+        let edits = model.graph.edits();
+        run(&passes, first + storing.len(), model)?;
         if model.graph.edits() == edits {
             break;
         }
     }
-    Ok(())
+    run(&storing, first, model)
 }
 
 impl Outcome {
@@ -304,7 +318,7 @@ mod tests {
 
     fn spelled(list: &str) -> Vec<String> {
         let name = |item: &Item| match item {
-            Item::Simplify => SIMPLIFY.to_owned(),
+            Item::Simplify { .. } => SIMPLIFY.to_owned(),
             Item::Pass(step) => step.spelling.clone(),
         };
         parse(list).unwrap().iter().map(name).collect()

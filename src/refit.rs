@@ -18,13 +18,15 @@ use rayon::prelude::*;
 
 pub(crate) use self::bias::{Bias, set_matrices};
 pub use self::kept::{Factored, Kept, Left, Moved};
-use self::{chain::Chain, walk::Walk};
+use self::{bias::set_weight, chain::Chain, walk::Walk};
 use crate::{
     analysis::{
         linear::Linear,
         moments::{self, side_by_side},
     },
     codec::Model,
+    coding,
+    factor::Metric,
     ir::{Graph, NodeId, Outlet},
     linalg::{Cholesky, add_cross, product},
     verify::{Cannot, Engine, Value},
@@ -182,7 +184,7 @@ pub fn refit(
         progress(&format!("refitting layer {} of {count}", i + 1));
         walk.advance(model, target.next)?;
         let done = match target.fit {
-            Fit::Weights => fit(&mut model.graph, target, &walk, &keys),
+            Fit::Weights => fit(&mut model.graph, target, kept, &walk, &keys),
             Fit::Statistics => statistics::repair(&mut model.graph, target, &mut walk, &keys),
         };
         fitted += usize::from(done.is_some());
@@ -332,37 +334,48 @@ impl Rows {
 }
 
 /// Fits one layer to its target; `None`, and nothing done, where that does not work out.
-fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Option<()> {
+fn fit(graph: &mut Graph, target: &Target, kept: &Kept, walk: &Walk<'_>, keys: &[u64]) -> Option<()> {
     let (linear, mut fitted) = (&target.linear, graph.clone());
     let bias = Bias::of(graph, linear);
+    let stored = graph.weight(linear.weight)?;
+    let before = kept.before_coding(graph.name(linear.weight)).unwrap_or(stored.value());
     let old = match &target.chain {
         Some(chain) => chain.matrices(graph)?,
-        None => linear.matrices(&graph.constant(linear.weight)?.f64s()?),
+        None => linear.matrices(&before.f64s()?),
     };
     bias.values(graph, linear)?;
     let rows = Rows::cut(graph, target, walk, keys)?;
-    let (stages, matrices, biases) = if let Some(chain) = &target.chain {
-        chain.fit(&rows, &old, target.rectified)?
-    } else {
-        let of_group = |(group, (x, old)): (usize, (&DMatrix<f64>, &DMatrix<f64>))| {
-            let (wanted, partner) = rows.of_group(group, linear.rows);
-            fit_group(x, old, &wanted, partner.as_ref(), target.rectified)
-        };
-        let solved: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect::<Option<_>>()?;
-        let (matrices, biases): (Vec<_>, Vec<_>) = solved.into_iter().unzip();
-        (Vec::new(), matrices, biases)
-    };
-    let values: Vec<f64> = biases.iter().flat_map(|bias| bias.iter().copied()).collect();
     let norm = |matrices: &[DMatrix<f64>]| matrices.iter().map(DMatrix::norm_squared).sum::<f64>().sqrt();
-    if norm(&matrices) > MAX_GROWTH * norm(&old) || !values.iter().all(|v| v.is_finite()) {
-        return None;
+    let is_sound = |matrices: &[DMatrix<f64>], biases: &[DVector<f64>]| {
+        norm(matrices) <= MAX_GROWTH * norm(&old) && biases.iter().all(|bias| bias.iter().all(|v| v.is_finite()))
+    };
+    let values = |biases: &[DVector<f64>]| biases.iter().flat_map(|bias| bias.iter().copied()).collect::<Vec<f64>>();
+    if let Some(chain) = &target.chain {
+        let (stages, matrices, biases) = chain.fit(&rows, &old, target.rectified)?;
+        is_sound(&matrices, &biases).then_some(())?;
+        // The bias is stored as the weight is, which goes when another is set.
+        bias.set(&mut fitted, linear, &values(&biases), NAME)?;
+        chain.set(&mut fitted, &stages)?;
+        *graph = fitted;
+        return Some(());
     }
-    // The bias is stored as the weight is, which goes when another is set.
-    bias.set(&mut fitted, linear, &values, NAME)?;
-    match &target.chain {
-        Some(chain) => chain.set(&mut fitted, &stages)?,
-        None => set_matrices(&mut fitted, linear, &matrices, NAME)?,
+    let systems: Vec<_> = rows.x.par_iter().zip(&old).map(|(x, old)| System::new(x, old)).collect::<Option<_>>()?;
+    let of_group = |(group, (x, old)): (usize, (&DMatrix<f64>, &DMatrix<f64>))| {
+        let (wanted, partner) = rows.of_group(group, linear.rows);
+        fit_group((x, &systems[group]), old, &wanted, partner.as_ref(), target.rectified)
+    };
+    let solved: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect();
+    let (matrices, mut biases): (Vec<_>, Vec<_>) = solved.into_iter().unzip();
+    is_sound(&matrices, &biases).then_some(())?;
+    let metrics: Vec<_> = systems.iter().map(System::metric).collect();
+    let weight = coding::fit_like(stored, linear, &matrices, &metrics)?;
+    // What the codes lose of the mean of what is read, the bias makes up for.
+    let made = linear.matrices(&weight.value().f64s()?);
+    for (((bias, system), matrix), made) in biases.iter_mut().zip(&systems).zip(&matrices).zip(&made) {
+        *bias += (matrix - made) * &system.mean;
     }
+    bias.set(&mut fitted, linear, &values(&biases), NAME)?;
+    set_weight(&mut fitted, linear, weight, NAME)?;
     *graph = fitted;
     Some(())
 }
@@ -370,16 +383,15 @@ fn fit(graph: &mut Graph, target: &Target, walk: &Walk<'_>, keys: &[u64]) -> Opt
 /// The matrix and bias of one group that make what is wanted of x (d×n), less what `partner` adds to it, before a rectifier
 /// that cuts off at 0 and above `rectified`.
 fn fit_group(
-    x: &DMatrix<f64>,
+    (x, system): (&DMatrix<f64>, &System),
     old: &DMatrix<f64>,
     wanted: &DMatrix<f64>,
     partner: Option<&DMatrix<f64>>,
     rectified: Option<f64>,
-) -> Option<(DMatrix<f64>, DVector<f64>)> {
+) -> (DMatrix<f64>, DVector<f64>) {
     let of_layer = |sum: &DMatrix<f64>| partner.map_or_else(|| sum.clone(), |partner| sum - partner);
-    let system = System::new(x, old)?;
     let (mut matrix, mut bias) = system.solve(x, &of_layer(wanted), old);
-    let Some(limit) = rectified else { return Some((matrix, bias)) };
+    let Some(limit) = rectified else { return (matrix, bias) };
     for _ in 0..ROUNDS {
         let mut made = product(&matrix, x);
         made.column_iter_mut().for_each(|mut column| column += &bias);
@@ -389,7 +401,7 @@ fn fit_group(
         let eased = wanted.zip_map(&made, |wanted, made| eased(wanted, made, limit));
         (matrix, bias) = system.solve(x, &of_layer(&eased), old);
     }
-    Some((matrix, bias))
+    (matrix, bias)
 }
 
 /// What a layer before a rectifier that is flat below 0 and above `limit` should make where `wanted` is wanted and `made` is
@@ -420,6 +432,14 @@ impl System {
         let covariance = moments.covariance();
         let factor = Cholesky::ridged(&covariance, moments.ridge());
         Some(Self { mean: moments.mean(), covariance, factor })
+    }
+
+    /// How what is read varies, with the ridge.
+    fn metric(&self) -> Metric {
+        let mut spread = self.covariance.clone();
+        let Some((_, ridge)) = &self.factor else { return Metric::Identity };
+        (0..spread.nrows()).for_each(|i| spread[(i, i)] += ridge);
+        Metric::Full(spread)
     }
 
     /// `W' = (C_yx + λW₀)·(C_xx + λI)⁻¹` and `b' = E y − W'·E x`: the affine map closest to what is wanted (o×n), with a ridge that

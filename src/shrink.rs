@@ -17,7 +17,7 @@ use serde::Serialize;
 use self::lossy::Lossy;
 use crate::{
     analysis::{cost::Cost, moments},
-    codec::Model,
+    codec::{Model, Runtime},
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
@@ -59,6 +59,8 @@ pub struct Job {
     pub max_gram_dim: usize,
     /// Layers that lossy passes leave alone.
     pub keep: Vec<globset::Glob>,
+    /// What is to run the result.
+    pub runtime: Runtime,
     /// Constants listed as inputs stay listed.
     pub keep_initializer_inputs: bool,
     /// Whether the result is checked.
@@ -70,7 +72,7 @@ pub struct Job {
 impl Default for Job {
     fn default() -> Self {
         Self {
-            items: vec![Item::Simplify],
+            items: vec![Item::Simplify { is_last: true }],
             request: Request::default(),
             max_error: None,
             max_flips: None,
@@ -80,6 +82,7 @@ impl Default for Job {
             moments: None,
             max_gram_dim: MAX_GRAM_DIM,
             keep: Vec::new(),
+            runtime: Runtime::default(),
             keep_initializer_inputs: false,
             verify: true,
             warn: |_| {},
@@ -233,6 +236,11 @@ impl ShrinkError {
 ///
 /// When a pass fails, or the result can't be proven to compute the same.
 pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Result<(Model, Report), ShrinkError> {
+    let (file, mut raised) = (model, Model { runtime: job.runtime, ..model.clone() });
+    if !job.items.is_empty() {
+        raised.raise();
+    }
+    let model = &raised;
     let mut report = Report::default();
     let lossy = job.items.iter().any(|item| item.fidelity() == Fidelity::Lossy);
     // A target is met without measuring, but what is lost on the way is judged by samples.
@@ -246,7 +254,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     let is_run = job.verify || lossy && job.request.data.is_some();
     let samples = if is_run { Some(Samples::gather(model, &job.request)?) } else { None };
     let has_target = job.target.is_some();
-    let mut cx = Context { keep, minimize: job.minimize, has_target, ..Context::default() };
+    let mut cx = Context { keep, minimize: job.minimize, runtime: job.runtime, has_target, ..Context::default() };
     if samples.is_none() {
         cx.bound = Samples::likely_shapes(model, &job.request);
     }
@@ -257,7 +265,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
         report.notes.extend(samples.chosen_shapes());
     }
-    report.before = Cost::of(model, &cx.bound);
+    report.before = Cost { bytes: Cost::bytes(file), ..Cost::of(model, &cx.bound) };
     let mut base = model.clone();
     if !job.items.is_empty() && !job.keep_initializer_inputs {
         let unlisted = base.graph.unlist_default_values();
@@ -294,6 +302,10 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         }
     }
     report.moments = Arc::clone(&cx.moments);
+    if result.graph.edits() == model.graph.edits() {
+        report.after = report.before.clone();
+        return Ok((file.clone(), report));
+    }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
 }

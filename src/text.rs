@@ -2,7 +2,7 @@
 //!
 //! A constant of at most eight elements is written out. A longer one is `#` and a hash where a file carries it, and `*`
 //! where a pass computed it: then its last bits may depend on the machine, and the text does not. Fixtures write
-//! `normal(seed)`, `lowrank(rank, seed)` and `blocks(count, seed)` in that place.
+//! `normal(seed)`, `lowrank(rank, seed)`, `blocks(count, seed)` and `levels(count, seed)` in that place.
 
 mod diff;
 mod parse;

@@ -5,18 +5,22 @@ pub mod data;
 mod engine;
 pub mod error;
 mod regions;
+mod simulate;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+};
 
 use rayon::prelude::*;
 
-use self::error::Pooled;
 pub use self::{
     certificate::{CONFIDENCE, Certificate, NO_CLASSES, upper_bound},
     data::{DataError, Request, Samples, Split},
     engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
     regions::compare_regions,
 };
+use self::{error::Pooled, simulate::simulated};
 use crate::{
     analysis::shapes::Fact,
     codec::Model,
@@ -142,6 +146,8 @@ pub struct Reference {
     unexercised: Vec<String>,
     /// Branches that no input takes.
     untaken: Vec<String>,
+    /// Whether what others are compared with it for is lossy, so that what their runtime rounds counts.
+    simulates: bool,
     /// Whether each output is scores by a softmax over its last axis: of three axes, it is a sequence of answers.
     sequences: Vec<bool>,
 }
@@ -228,24 +234,25 @@ impl Reference {
             scales,
             unexercised,
             untaken: runners.untaken(),
+            simulates: false,
             sequences,
         })
     }
 
-    /// As [`new`](Self::new), for judging a lossy result: an output that hardly varies over the samples is judged by what
-    /// goes into the last squashing operator before it as well.
+    /// As [`new`](Self::new), for judging a lossy result: what its runtime rounds is rounded, and an output that hardly varies over the
+    /// samples is judged by what goes into the last squashing operator before it as well.
     ///
     /// # Errors
     ///
     /// When the engine can't run the model.
     pub fn before_squashing(engine: &Engine, model: &Model, inputs: Vec<Vec<Value>>) -> Result<Self, Cannot> {
-        let reference = Self::new(engine, model, inputs)?;
+        let reference = Self { simulates: true, ..Self::new(engine, model, inputs)? };
         if reference.unexercised.is_empty() {
             return Ok(reference);
         }
         let flat = reference.unexercised;
         let more = Self::new(engine, &with_logits(model, &flat), reference.inputs)?;
-        Ok(Self { flat, ..more })
+        Ok(Self { flat, simulates: true, ..more })
     }
 
     /// The same of `model` on the same samples.
@@ -295,9 +302,11 @@ impl Reference {
     /// Compares the outputs of `model` on `inputs`, which are what it reads of the reference's.
     fn compare_on(&self, model: &Model, inputs: &[Vec<Value>], limit: f64) -> Result<Difference, Cannot> {
         let model = with_logits(model, &self.flat);
+        let model = if self.simulates { simulated(&model) } else { Cow::Borrowed(&model) };
+        let model = &*model;
         let mut pools: Vec<Pooled> = self.sequences.iter().map(|&sequences| Pooled::new(sequences)).collect();
         // An output that is missing or one too many is no match, whatever the others are.
-        let found = output_names(&model);
+        let found = output_names(model);
         let places = self.names.iter().map(|name| found.iter().position(|found| found == name));
         let places = if found.len() == 1 && self.names.len() == 1 { Some(vec![0]) } else { places.collect() };
         let Some(places) = places.filter(|_| found.len() == self.names.len()) else {
@@ -308,7 +317,7 @@ impl Reference {
                 ..Difference::default()
             });
         };
-        let mut runners = Runners::new(&self.engine, &model);
+        let mut runners = Runners::new(&self.engine, model);
         let mut samples = 0;
         'all: for (inputs, outputs) in inputs.chunks(CHUNK).zip(self.outputs.chunks(CHUNK)) {
             for (wanted, found) in outputs.iter().zip(runners.run(inputs)?) {

@@ -32,8 +32,8 @@ impl Cost {
     /// The cost of `model` at the input shapes of `bound`.
     #[must_use]
     pub fn of(model: &Model, bound: &BTreeMap<String, Vec<usize>>) -> Self {
-        let mut cost = Self { bytes: Self::bytes(model), ..Self::default() };
-        cost.count(&model.graph);
+        let mut cost = Self { bytes: Self::bytes(model), parameters: parameters(&model.graph), ..Self::default() };
+        cost.count(&model.lowered().graph);
         let (macs, latency) = total(&model.graph, &Shapes::infer(&model.graph, bound));
         (cost.macs, cost.latency) = (macs.round() as u64, latency.round() as u64);
         cost
@@ -42,7 +42,8 @@ impl Cost {
     /// Bytes of the message and of the data kept beside it.
     #[must_use]
     pub fn bytes(model: &Model) -> usize {
-        prost::Message::encoded_len(&model.to_proto()) + external_bytes(&model.graph)
+        let written = model.lowered();
+        prost::Message::encoded_len(&written.to_proto()) + external_bytes(&written.graph)
     }
 
     /// Nodes in all.
@@ -86,14 +87,22 @@ impl Cost {
         for id in graph.node_ids() {
             match graph.kind(id) {
                 Kind::Op(op) => *self.nodes.entry(op.op_type().to_owned()).or_default() += 1,
-                Kind::Const(constant) => self.parameters += constant.weight.value().len(),
-                Kind::Input | Kind::Capture(_) | Kind::Sparse(_) => {}
+                Kind::Input | Kind::Const(_) | Kind::Capture(_) | Kind::Sparse(_) => {}
             }
         }
         for (_, body) in graph.bodies() {
             self.count(&body.graph);
         }
     }
+}
+
+/// Elements of all constants, those of bodies included.
+fn parameters(graph: &Graph) -> usize {
+    let own = graph.node_ids().map(|id| match graph.kind(id) {
+        Kind::Const(constant) => constant.weight.value().len(),
+        _ => 0,
+    });
+    own.sum::<usize>() + graph.bodies().map(|(_, body)| parameters(&body.graph)).sum::<usize>()
 }
 
 fn external_bytes(graph: &Graph) -> usize {

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 
-use super::{CodecError, Model, Source, external::Files};
+use super::{CodecError, Model, Runtime, Source, external::Files};
 use crate::{
     ir::{Body, Const, Graph, Inlet, Kind, NodeId, Op, Origin, Outlet, Tensor, Weight},
     proto::{
@@ -45,7 +45,7 @@ pub(super) fn model(bytes: Bytes, folder: Option<&Path>) -> Result<Model, CodecE
     scope.graph.check()?;
     let Files { paths, bytes: external_bytes, .. } = decoder.files;
     let source = Source { path: None, bytes, external: paths, external_bytes, unknown };
-    Ok(Model { graph: scope.graph, rest, source })
+    Ok(Model { graph: scope.graph, runtime: Runtime::default(), rest, source })
 }
 
 /// The names that training information reads, binds or makes.

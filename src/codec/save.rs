@@ -59,6 +59,7 @@ pub fn save(model: &Model, path: &Path, cancelled: &AtomicBool) -> Result<Saved,
         file.write_all(original).map_err(io)?;
         bytes += original.len();
     } else {
+        let model = &*model.lowered();
         let mut proto = model.to_proto();
         if needs_sidecar(model, &proto) {
             let target = sidecar_path(model, path);
@@ -91,6 +92,7 @@ pub fn size_at(model: &Model, path: &Path) -> Result<usize, CodecError> {
     if let Some(original) = model.original() {
         return Ok(original.len());
     }
+    let model = &*model.lowered();
     let mut proto = model.to_proto();
     let mut external = 0;
     if needs_sidecar(model, &proto) {

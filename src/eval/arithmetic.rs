@@ -1,7 +1,10 @@
 //! Operators that compute: element-wise, reductions, ranges and casts.
 
 use super::{Call, axis, broadcast, broadcast_strides, dtype, element_count};
-use crate::ir::{DType, Tensor, tensor::offsets};
+use crate::ir::{
+    DType, Tensor,
+    tensor::{offsets, strides},
+};
 
 /// Elements in the type that arithmetic on them is done in.
 enum Elements {
@@ -14,6 +17,9 @@ enum Elements {
 pub(super) fn evaluate(call: &Call<'_>) -> Option<Tensor> {
     match call.op.standard()? {
         "Cast" => cast(call.input(0)?, dtype(call.op.int("to")?)?),
+        "BitShift" => shift(call),
+        "DequantizeLinear" => dequantize(call),
+        "QuantizeLinear" => quantize(call),
         "Where" => select(call),
         "Clip" => clip(call),
         "ConstantOfShape" => constant_of_shape(call),
@@ -177,6 +183,75 @@ fn binary(call: &Call<'_>) -> Option<Tensor> {
         _ => return None,
     };
     store(a.dtype(), &dims, values)
+}
+
+/// For each element of a tensor of shape `dims`, which of `count` scales is its own: one is for all, or for each index along an axis, or for
+/// each block along it.
+fn places_of_scales(call: &Call<'_>, dims: &[usize], count: usize) -> Option<Vec<usize>> {
+    let along = || axis(call.op.int("axis").unwrap_or(1), dims.len());
+    let mut tile = dims.to_vec();
+    match call.op.int("block_size").unwrap_or(0) {
+        block if block > 0 => {
+            tile = vec![1; dims.len()];
+            tile[along()?] = usize::try_from(block).ok()?;
+        }
+        _ if count > 1 => tile[along()?] = 1,
+        _ => {}
+    }
+    let grid: Vec<_> = dims.iter().zip(&tile).map(|(extent, tile)| extent.div_ceil((*tile).max(1))).collect();
+    (grid.iter().product::<usize>() == count).then_some(())?;
+    let (steps, indices) = (strides(&grid), strides(dims));
+    let place = |i: usize| (0..dims.len()).map(|axis| i / indices[axis] % dims[axis] / tile[axis] * steps[axis]).sum();
+    Some((0..dims.iter().product()).map(place).collect())
+}
+
+/// s·(q − z).
+fn dequantize(call: &Call<'_>) -> Option<Tensor> {
+    let (x, scales) = (call.input(0)?, call.input(1)?);
+    call.op.int("output_dtype").is_none_or(|dtype| dtype == 0).then_some(())?;
+    let places = places_of_scales(call, x.dims(), scales.len())?;
+    let zeros = call.input(2).map_or_else(|| Some(vec![0; scales.len()]), Tensor::codes)?;
+    let (codes, scale) = (x.codes()?, scales.f64s()?);
+    let value = |(code, place): (i64, usize)| (code - zeros[place]) as f64 * scale[place];
+    let values: Vec<f64> = codes.into_iter().zip(places).map(value).collect();
+    (zeros.len() == scale.len()).then(|| Tensor::floats(scales.dtype(), x.dims(), &values))?
+}
+
+/// The nearest integer to x / s, halves to even ones, plus z, of eight bits.
+fn quantize(call: &Call<'_>) -> Option<Tensor> {
+    let (x, scales, zeros) = (call.input(0)?, call.input(1)?, call.input(2)?);
+    let range = match zeros.dtype() {
+        DType::Int8 => -128..=127,
+        DType::Uint8 => 0..=255,
+        _ => return None,
+    };
+    let is_single = x.dtype() == DType::Float && scales.dtype() == DType::Float;
+    (is_single && x.is_finite() && zeros.len() == scales.len()).then_some(())?;
+    let places = places_of_scales(call, x.dims(), scales.len())?;
+    let (zero, scale) = (zeros.codes()?, scales.f32s()?);
+    let code = |(x, place): (f32, usize)| {
+        let whole = (x / scale[place]).round_ties_even();
+        (whole.abs() < 1e6).then(|| (whole as i64 + zero[place]).clamp(*range.start(), *range.end()))
+    };
+    let codes: Vec<i64> = x.f32s()?.into_iter().zip(places).map(code).collect::<Option<_>>()?;
+    Tensor::integers(zeros.dtype(), x.dims(), &codes)
+}
+
+/// Shifts of bytes, which lose the bits that are pushed out.
+fn shift(call: &Call<'_>) -> Option<Tensor> {
+    let (a, b) = (call.input(0)?, call.input(1)?);
+    let dims = broadcast(a.dims(), b.dims())?;
+    element_count(&dims)?;
+    (a.dtype() == DType::Uint8 && b.dtype() == DType::Uint8).then_some(())?;
+    let move_by: fn(u8, u32) -> u8 = match call.op.string("direction")? {
+        "LEFT" => u8::unbounded_shl,
+        "RIGHT" => u8::unbounded_shr,
+        _ => return None,
+    };
+    let (x, by) = (a.bytes(), b.bytes());
+    let walk = |t: &Tensor| offsets(&dims, &broadcast_strides(t.dims(), &dims));
+    let bytes: Vec<u8> = walk(a).zip(walk(b)).map(|(i, j)| move_by(x[i], u32::from(by[j]))).collect();
+    Some(Tensor::made(DType::Uint8, &dims, bytes.into()))
 }
 
 fn f32_operation(op: &str) -> Option<fn(f32, f32) -> f32> {

@@ -21,6 +21,7 @@ pub(super) fn evaluate(call: &Call<'_>) -> Option<Vec<Tensor>> {
         "Concat" => concat(call),
         "Slice" => slice(call, x),
         "Gather" => gather(call, x),
+        "GatherElements" => gather_elements(call, x),
         "Expand" => expand(call, x),
         "Tile" => tile(call, x),
         "Shape" => shape(call, x),
@@ -203,6 +204,18 @@ fn split(call: &Call<'_>, x: &Tensor) -> Option<Vec<Tensor>> {
         x.select(at, &indices)
     });
     parts.collect()
+}
+
+/// Of each line along an axis, the elements that indices in the same place say.
+fn gather_elements(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
+    let indices = call.input(1)?;
+    let at = axis(call.op.int("axis").unwrap_or(0), x.dims().len())?;
+    let (from, dims) = (strides(x.dims()), indices.dims());
+    let fits = |i: usize| i == at || dims[i] <= x.dims()[i];
+    (dims.len() == x.dims().len() && (0..dims.len()).all(fits)).then_some(())?;
+    let lines: Vec<_> = (0..dims.len()).map(|i| if i == at { 0 } else { from[i] }).collect();
+    let chosen: Vec<_> = indices.i64s()?.into_iter().map(|i| axis(i, x.dims()[at])).collect::<Option<_>>()?;
+    pick(x, dims, offsets(dims, &lines).zip(chosen).map(|(line, i)| line + i * from[at]))
 }
 
 fn gather(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {

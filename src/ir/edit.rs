@@ -173,6 +173,29 @@ impl Graph {
         }
     }
 
+    /// Makes the constant `node` the operator `op` on `operands`, of the same name, at the place of its first reader.
+    pub(crate) fn unsettle(&mut self, node: NodeId, mut op: Op, operands: &[Outlet]) {
+        self.edits += 1;
+        op.arity = operands.len();
+        let readers = self.uses(node.out()).into_iter().map(|(reader, _)| self.dag[reader.0].position);
+        let position = readers.min().unwrap_or(u64::MAX);
+        (self.dag[node.0].kind, self.dag[node.0].position) = (Kind::Op(Box::new(op)), position);
+        for (slot, &operand) in (0..).zip(operands) {
+            self.wire(operand, node, Inlet::Slot(slot));
+        }
+    }
+
+    /// Has the graph and the bodies in it, which are as a file spells them in another way, count as edited as often as `before`.
+    pub(crate) fn count_as(&mut self, before: &Self) {
+        self.edits = before.edits;
+        for id in self.holders() {
+            let bodies = before.op(id).map_or(&[][..], |op| &op.bodies);
+            for (body, before) in self.bodies_mut(id).iter_mut().zip(bodies) {
+                body.graph.count_as(&before.graph);
+            }
+        }
+    }
+
     /// Calls `value`, which is no input or output of the graph, `name` or like it.
     pub fn call(&mut self, value: Outlet, name: &str) {
         let name = self.fresh_name(name);
@@ -414,6 +437,11 @@ impl Graph {
                 }
             }
         }
+    }
+
+    /// Frees the names of values that are gone: the graph is another view of what it was.
+    pub(crate) fn free_names(&mut self) {
+        self.names = self.values().into_keys().map(str::to_owned).collect();
     }
 
     /// Names that are or were in use.

@@ -289,6 +289,25 @@ impl Tensor {
         })
     }
 
+    /// The elements of a tensor of integers of eight, four or two bits.
+    #[must_use]
+    pub fn codes(&self) -> Option<Vec<i64>> {
+        let (bits, is_signed) = match self.dtype {
+            DType::Int8 | DType::Uint8 => return self.i64s(),
+            DType::Int4 => (4, true),
+            DType::Uint4 => (4, false),
+            DType::Int2 => (2, true),
+            DType::Uint2 => (2, false),
+            _ => return None,
+        };
+        let (each, held) = (8 / bits, self.bytes());
+        let code = |place: usize| {
+            let code = i64::from(held[place / each] >> (place % each * bits)) & ((1 << bits) - 1);
+            if is_signed && code >> (bits - 1) == 1 { code - (1 << bits) } else { code }
+        };
+        Some((0..self.len()).map(code).collect())
+    }
+
     /// The same elements in another shape of as many elements.
     #[must_use]
     pub fn reshape(&self, dims: &[usize]) -> Option<Self> {

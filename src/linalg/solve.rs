@@ -42,6 +42,20 @@ fn add_product(sum: &mut DMatrix<f64>, a: &DMatrix<f64>, b: MatRef<'_, f64>, fac
     });
 }
 
+/// Adds A·B to `sum`, on one thread, where of A the columns of `inner` (first, count) are taken and of B those rows, and its columns of
+/// `outer`.
+pub fn add_product_of(
+    sum: &mut DMatrix<f64>,
+    (a, b): (&DMatrix<f64>, &DMatrix<f64>),
+    inner: (usize, usize),
+    outer: (usize, usize),
+) {
+    let (rows, columns) = sum.shape();
+    let whole = MatMut::from_column_major_slice_mut(sum.as_mut_slice(), rows, columns);
+    let (a, b) = (view(a).subcols(inner.0, inner.1), view(b).submatrix(inner.0, outer.0, inner.1, outer.1));
+    matmul(whole, Accum::Add, a, b, 1.0, Par::Seq);
+}
+
 /// Columns of a product that one task computes: the same blocks, whatever the number of threads.
 const BLOCK: usize = 128;
 
@@ -119,6 +133,14 @@ impl Cholesky {
     #[must_use]
     pub fn root(&self) -> DMatrix<f64> {
         owned(self.0.L())
+    }
+
+    /// An upper triangular R with R·Rᵀ = A, where this is the factor of A with its rows and columns in reverse.
+    #[must_use]
+    pub fn upper_root_of_reversed(&self) -> DMatrix<f64> {
+        let lower = self.0.L();
+        let last = lower.nrows().max(1) - 1;
+        DMatrix::from_fn(lower.nrows(), lower.ncols(), |i, j| lower[(last - i, last - j)])
     }
 
     /// (C + λI)⁻¹, for methods that update the inverse itself.

@@ -7,8 +7,9 @@ use prost::Message;
 
 use crate::{
     analysis::shapes::{Shapes, Term},
+    codec::moved,
     eval,
-    ir::{Graph, NodeId, Outlet, Tensor, Weight},
+    ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere, rewrite_shaped},
 };
 
@@ -67,7 +68,8 @@ fn fold_together(graph: &mut Graph) -> usize {
     let place: BTreeMap<NodeId, usize> = order.iter().copied().zip(0..).collect();
     let mut ties = UnionFind::<usize>::new(order.len());
     for id in order {
-        let Some(op) = graph.op(id).filter(|op| op.bodies.is_empty() && graph.output_count(id) == 1) else { continue };
+        let is_plain = |op: &&Op| op.bodies.is_empty() && graph.output_count(id) == 1 && !op.is(KEPT);
+        let Some(op) = graph.op(id).filter(is_plain) else { continue };
         let operands = graph.operands(id);
         let read = |value: &Option<Outlet>| value.map(|v| graph.constant(v).or_else(|| values.get(&v.node)));
         let inputs: Vec<_> = operands.iter().map(read).collect();
@@ -99,7 +101,7 @@ fn fold_together(graph: &mut Graph) -> usize {
         let stays = graph.is_output(constant.out()) || graph.is_pinned(constant.out());
         let folds_away = !stays && graph.uses(constant.out()).iter().all(|(reader, _)| values.contains_key(reader));
         if let Some(tied) = tied.get_mut(&ties.find(place[&constant])).filter(|_| folds_away) {
-            tied.freed += graph.constant(constant.out()).map_or(0, Tensor::stored_len);
+            tied.freed += graph.weight(constant.out()).map_or(0, Weight::stored_bytes);
         }
     }
     let mut folded = 0;
@@ -115,11 +117,18 @@ fn fold_together(graph: &mut Graph) -> usize {
     folded
 }
 
+/// Kernels of integers look for it before what they read.
+const KEPT: &str = "DequantizeLinear";
+
 /// Makes `node` the constant that it always is.
 fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let op = graph.op(node)?;
-    if graph.output_count(node) != 1 || graph.is_output(node.out()) || !op.bodies.is_empty() {
+    if graph.output_count(node) != 1 || graph.is_output(node.out()) || !op.bodies.is_empty() || op.is(KEPT) {
         return None;
+    }
+    if let Some(weight) = moved(graph, node) {
+        graph.settle(node, weight);
+        return Some(());
     }
     let operands = graph.operands(node);
     let value = known(shapes, node).or_else(|| {
@@ -131,8 +140,8 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         eval::evaluate(op, graph.opset(), &inputs)?.pop()
     })?;
     // Freed: the node, and constants that nothing else reads.
-    let freed = operands.iter().flatten().filter(|&&v| graph.sole_use(v).is_some()).filter_map(|&v| graph.constant(v));
-    let freed: usize = freed.map(Tensor::stored_len).sum::<usize>() + op.proto.encoded_len();
+    let freed = operands.iter().flatten().filter(|&&v| graph.sole_use(v).is_some()).filter_map(|&v| graph.weight(v));
+    let freed: usize = freed.map(Weight::stored_bytes).sum::<usize>() + op.proto.encoded_len();
     if value.byte_len() > freed {
         return None;
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     analysis::shapes::{Shapes, Term},
-    ir::{Graph, NodeId, Op},
+    ir::{Graph, NodeId, Op, Storage},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
@@ -37,6 +37,10 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let multiply = graph.op_of(product.node, "MatMul")?;
     graph.sole_use(product).filter(|_| !graph.is_pinned(product) && !graph.is_pinned(node.out()))?;
     let (a, b) = (graph.operand(product.node, 0)?, graph.operand(product.node, 1)?);
+    // Runtimes multiply by codes in a `MatMul` alone.
+    if graph.weight(b).is_some_and(|weight| matches!(weight.storage(), Storage::Affine(_))) {
+        return None;
+    }
     let columns = shapes.dims(b).filter(|dims| dims.len() == 2)?.last()?.and_then(Term::extent);
     let row = graph.constant(bias).filter(|bias| bias.f64s().is_some())?;
     let is_row = row.dims().len() <= 2 && row.dims().last().is_some_and(|&d| Some(d) == columns && d == row.len());

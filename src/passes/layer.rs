@@ -90,7 +90,8 @@ impl Layer {
 
     /// A bias of these values, stored as the weight is; `None` where they are beyond what the type holds.
     pub(super) fn fit_bias(&self, graph: &Graph, bias: &[f64]) -> Option<Weight> {
-        fitted(graph.weight(self.weight)?, &[self.channels.0], bias, bias.len(), [0].into_iter())
+        let like = Weight::dense(graph.constant(self.weight)?.clone());
+        fitted(&like, &[self.channels.0], bias, bias.len(), [0].into_iter())
     }
 
     /// How many elements of a weight of this shape that follow each other are of the same channels, which are its kernel, and the output

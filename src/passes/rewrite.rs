@@ -1,6 +1,5 @@
 //! Replacing layers by chains of cheaper ones: what the passes that do so share.
 
-mod allocate;
 mod cost;
 mod dense;
 mod emit;
@@ -11,23 +10,21 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use self::{
-    allocate::{Candidate, allocate},
-    cost::Costs,
-    regroup::Regrouped,
-    site::sites,
-};
+use self::{cost::Costs, regroup::Regrouped, site::sites};
 pub(super) use self::{
     emit::Replacement,
-    site::{Site, Statistics},
+    site::{Known, Site, Statistics, shape_of},
 };
-use super::reorder::settle;
+use super::{
+    menu::{Candidate, Choosing, Menu, allocate, probe},
+    reorder::settle,
+};
 use crate::{
     analysis::shapes::Shapes,
     factor::{Family, Form, Shape, Target, evbmf_rank},
     ir::{Graph, NodeId},
     linalg::Spectrum,
-    pass::{Context, Yardstick, open_to_loss},
+    pass::{Context, open_to_loss},
     refit::{Factored, Moved},
 };
 
@@ -77,34 +74,36 @@ pub(super) struct Rewrite<'a> {
 type Curve = Vec<(Form, f64)>;
 
 /// What layers may become.
-struct Choices {
+struct Choices<'s> {
     site: Site,
-    costs: Costs,
-    /// Chains that cost less, the cheapest first.
-    candidates: Vec<Candidate>,
+    /// Chains that cost less.
+    menu: Menu<Form>,
     /// All chains of the first family that fits, those included that cost more.
     curve: Arc<Curve>,
-    /// What error of the whole model errors of the layer make, both relative and squared, from small to large.
-    probes: Vec<(f64, f64)>,
+    statistics: &'s Statistics,
+    /// The name of the pass.
+    pass: &'static str,
 }
 
-/// The errors of a layer at which it is measured how much the model minds them, relative and squared: one small enough for the
-/// answer to be in proportion, yet large enough to stand out, and one at which much of what a model makes up for is gone
-/// (algorithms.md §13.1: two strengths).
-const PROBED: [f64; 2] = [0.03, 0.3];
+impl Choosing<Form> for Choices<'_> {
+    fn menu(&self) -> &Menu<Form> {
+        &self.menu
+    }
 
-impl Choices {
-    /// The error of the whole model that an error of the layer makes: in proportion below the first that was measured, beyond it
-    /// as the power of it that goes through both, but at least in proportion.
-    fn minded(&self, error: f64) -> f64 {
-        match self.probes[..] {
-            [(at, measured), (next, more), ..] if error > at => {
-                let power = ((more / measured).ln() / (next / at).ln()).max(1.0);
-                measured * (error / at).powf(power)
-            }
-            [(at, measured), ..] => measured * error / at,
-            [] => error,
-        }
+    fn menu_mut(&mut self) -> &mut Menu<Form> {
+        &mut self.menu
+    }
+
+    fn label(&self, graph: &Graph) -> String {
+        let made = |node| (0..graph.output_count(node)).map(move |slot| graph.name(node.at(slot)));
+        format!("{:?}", self.site.nodes().flat_map(made).collect::<Vec<_>>())
+    }
+
+    fn put(&self, graph: &Graph, candidate: Candidate<Form>) -> Option<Graph> {
+        let chain = replacement(graph, &self.site, candidate.form, self.statistics)?;
+        let mut trial = graph.clone();
+        self.site.replace(&mut trial, candidate.form, &chain, self.pass)?;
+        Some(trial)
     }
 }
 
@@ -117,9 +116,10 @@ impl Rewrite<'_> {
 
     /// Replaces layers of `graph`, then those of the bodies in it.
     fn run(&self, graph: &mut Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) {
-        let mut all = self.choices(graph, shapes, cx, outermost);
+        let statistics = Statistics::of(cx);
+        let mut all = self.choices(graph, shapes, &statistics, cx, outermost);
         if outermost && !self.strength.is_fixed() {
-            self.probe(graph, &mut all, cx);
+            probe(graph, &mut all, self.name, cx);
         }
         if let (true, Some(products)) =
             (outermost, all.iter().find(|choices| choices.site.fits(graph, Family::Kronecker)))
@@ -136,8 +136,7 @@ impl Rewrite<'_> {
             cx.decline(&choices.site.name, &self.reason(choices, cx));
         }
         // All are found before any is put in place, since what is known of layers is known by the names that values have.
-        let statistics = Statistics::of(cx);
-        let key = |(choices, candidate): &(&Choices, Candidate)| {
+        let key = |(choices, candidate): &(&Choices<'_>, Candidate<Form>)| {
             xxh3_64(format!("{} {:?} chain", choices.site.key, candidate.form).as_bytes())
         };
         let chains = cx.remember_all(&made, key, |(choices, candidate)| {
@@ -164,10 +163,16 @@ impl Rewrite<'_> {
     }
 
     /// What each weight of `graph` may become.
-    fn choices(&self, graph: &Graph, shapes: &Shapes, cx: &mut Context, outermost: bool) -> Vec<Choices> {
-        let statistics = Statistics::of(cx);
+    fn choices<'s>(
+        &self,
+        graph: &Graph,
+        shapes: &Shapes,
+        statistics: &'s Statistics,
+        cx: &mut Context,
+        outermost: bool,
+    ) -> Vec<Choices<'s>> {
         let mut fitting = Vec::new();
-        for site in sites(graph, &statistics, cx, outermost) {
+        for site in sites(graph, statistics, cx, outermost) {
             let Ok(mut site) = site.map_err(|(name, why)| cx.decline(&name, &why)) else { continue };
             let is_vector = |value| shapes.rank(value).is_none_or(|rank| rank < 2);
             if site.is_stack() && site.operands(graph).any(is_vector) {
@@ -186,7 +191,7 @@ impl Rewrite<'_> {
             xxh3_64(format!("{} {:?} {family:?}", site.key, self.strength).as_bytes())
         };
         let curves = cx.remember_all(&questions, key, |&(site, family)| {
-            let target = if site.fits(graph, family) { site.target(graph, &statistics) } else { None };
+            let target = if site.fits(graph, family) { site.target(graph, statistics) } else { None };
             target.map_or_else(Vec::new, |target| self.curve(&target, family))
         });
         let only = cx.price.prefers.is_some_and(|preference| preference.only) && !self.preferred.is_empty();
@@ -199,17 +204,18 @@ impl Rewrite<'_> {
             let shape = &site.shape;
             let candidate = |&(form, error): &(Form, f64)| Candidate { form, error, cost: costs.of_chain(form, shape) };
             let mut candidates: Vec<_> = curves.iter().flat_map(|curve| curve.iter().map(candidate)).collect();
-            let is_cheaper = |c: &Candidate| {
+            let is_cheaper = |c: &Candidate<Form>| {
                 if self.strength.is_fixed() { c.form.elements(shape) < shape.elements() } else { c.cost < costs.whole }
             };
             candidates.retain(is_cheaper);
-            let is_preferred = |c: &Candidate| self.preferred.contains(&c.form.family());
+            let is_preferred = |c: &Candidate<Form>| self.preferred.contains(&c.form.family());
             if only || candidates.iter().any(is_preferred) {
                 candidates.retain(is_preferred);
             }
             candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
             let curve = curves.iter().find(|curve| !curve.is_empty()).cloned().unwrap_or_default();
-            Some(Choices { site, costs, candidates, curve, probes: Vec::new() })
+            let menu = Menu { whole: costs.whole, candidates, probes: Vec::new() };
+            Some(Choices { site, menu, curve, statistics, pass: self.name })
         };
         let all = fitting.into_iter().zip(curves.chunks(self.families.len())).filter_map(choices).collect();
         for name in unknown {
@@ -242,21 +248,21 @@ impl Rewrite<'_> {
     }
 
     /// The candidate of each that the strength names, or the price allows.
-    fn choose<'c>(&self, all: &'c [Choices], cx: &Context) -> Vec<Option<&'c Candidate>> {
+    fn choose<'c>(&self, all: &'c [Choices<'_>], cx: &Context) -> Vec<Option<&'c Candidate<Form>>> {
         match self.strength {
-            Strength::Budget => allocate(all, cx.price),
+            Strength::Budget => allocate(&all.iter().map(|choices| &choices.menu).collect::<Vec<_>>(), cx.price),
             Strength::Energy(energy) => {
-                let cheapest =
-                    |choices: &'c Choices| choices.candidates.iter().find(|candidate| candidate.error <= 1.0 - energy);
+                let keeps = |candidate: &&Candidate<Form>| candidate.error <= 1.0 - energy;
+                let cheapest = |choices: &'c Choices<'_>| choices.menu.candidates.iter().find(keeps);
                 all.iter().map(cheapest).collect()
             }
-            Strength::Rank(_) | Strength::Evbmf => all.iter().map(|choices| choices.candidates.first()).collect(),
+            Strength::Rank(_) | Strength::Evbmf => all.iter().map(|choices| choices.menu.candidates.first()).collect(),
         }
     }
 
     /// Why a layer is left whole, in numbers.
-    fn reason(&self, choices: &Choices, cx: &Context) -> String {
-        let shape = &choices.site.shape;
+    fn reason(&self, choices: &Choices<'_>, cx: &Context) -> String {
+        let (shape, menu) = (&choices.site.shape, &choices.menu);
         let family = self.families.iter().find(|family| family.fits(shape)).copied().unwrap_or(Family::After);
         let strength = match family {
             Family::Grouped { .. } => "number of groups",
@@ -272,12 +278,12 @@ impl Rewrite<'_> {
         if self.strength == Strength::Evbmf {
             return format!("what stands out from noise has no rank{below}, or none at all");
         }
-        if let (Strength::Energy(energy), false) = (self.strength, choices.candidates.is_empty()) {
+        if let (Strength::Energy(energy), false) = (self.strength, menu.candidates.is_empty()) {
             return format!("keeps less than {energy} of its energy{below}");
         }
-        let saved = |candidate: &Candidate| choices.costs.whole - candidate.cost;
-        let slope = |candidate: &Candidate| choices.minded(candidate.error) / saved(candidate);
-        let best = choices.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b)));
+        let saved = |candidate: &Candidate<Form>| menu.whole - candidate.cost;
+        let slope = |candidate: &Candidate<Form>| menu.minded(candidate.error) / saved(candidate);
+        let best = menu.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b)));
         let Some(best) = best.filter(|_| !self.strength.is_fixed()) else {
             return match family {
                 Family::Grouped { .. } => {
@@ -287,13 +293,13 @@ impl Rewrite<'_> {
             };
         };
         let allowed = (cx.price.per_byte * saved(best)).min(cx.price.ceiling).max(0.0);
-        let enough = choices.curve.iter().filter(|(_, error)| choices.minded(*error) <= allowed);
+        let enough = choices.curve.iter().filter(|(_, error)| menu.minded(*error) <= allowed);
         let needed = enough.filter_map(|(form, _)| form.rank()).min().filter(|_| !below.is_empty());
         format!(
             "no {strength}{below} is worth its error: the best saves {:.0} % of the layer for an error of {:.1e}, where {:.1e} is \
              allowed for that{}",
-            saved(best) / choices.costs.whole * 100.0,
-            choices.minded(best.error).sqrt(),
+            saved(best) / menu.whole * 100.0,
+            menu.minded(best.error).sqrt(),
             allowed.sqrt(),
             needed.map_or_else(String::new, |needed| format!(", which takes a {strength} of {needed}"))
         )
@@ -304,7 +310,7 @@ impl Rewrite<'_> {
     fn apply(
         &self,
         graph: &mut Graph,
-        choices: &Choices,
+        choices: &Choices<'_>,
         (form, chain): (Form, &Replacement),
         cx: &mut Context,
         outermost: bool,
@@ -315,45 +321,9 @@ impl Rewrite<'_> {
             note(graph, site, (form, chain), &regrouped, cx);
         }
         let count = site.readers();
-        cx.predicted += choices.minded(chain.error) * count as f64;
+        cx.predicted += choices.menu.minded(chain.error) * count as f64;
         cx.add(word(form), count);
         Some(regrouped.into_iter().flat_map(|regrouped| regrouped.gathers).collect())
-    }
-
-    /// Measures how much error of the whole model an error of each layer makes: each is replaced by itself.
-    fn probe(&self, graph: &Graph, all: &mut [Choices], cx: &mut Context) {
-        if cx.yardstick.is_none() {
-            return;
-        }
-        let nearest = |choices: &Choices, wanted: f64| {
-            let distance = |c: &&Candidate| (c.error.max(f64::MIN_POSITIVE) / wanted).ln().abs();
-            choices.candidates.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).copied()
-        };
-        let questions: Vec<_> = (0..all.len()).flat_map(|place| PROBED.map(|wanted| (place, wanted))).collect();
-        // It is measured once for each layer and kind of pass: what other passes did before changes it little, and measuring it
-        // anew at each step of a search takes longer than all else.
-        let key = |&(place, wanted): &(usize, f64)| {
-            let made = |node| (0..graph.output_count(node)).map(move |slot| graph.name(node.at(slot)));
-            let names = all[place].site.nodes().flat_map(made);
-            xxh3_64(format!("{} {wanted} {:?} sensitivity", self.name, names.collect::<Vec<_>>()).as_bytes())
-        };
-        let (yardstick, statistics) = (cx.yardstick_for(graph, questions.iter().map(key)), Statistics::of(cx));
-        let measure = |&(place, wanted): &(usize, f64)| {
-            let (site, yardstick): (_, &Yardstick) = (&all[place].site, yardstick.as_ref()?);
-            let probed = nearest(&all[place], wanted).filter(|probed| probed.error > 0.0)?;
-            let chain = replacement(graph, site, probed.form, &statistics)?;
-            let mut trial = graph.clone();
-            site.replace(&mut trial, probed.form, &chain, self.name)?;
-            let error = yardstick.error(&trial)?;
-            (error > 0.0 && error.is_finite()).then_some((probed.error, error * error))
-        };
-        let found = cx.remember_all(&questions, key, measure);
-        for ((place, _), measured) in questions.into_iter().zip(found) {
-            all[place].probes.extend(*measured);
-        }
-        for choices in all {
-            choices.probes.dedup_by_key(|probe| probe.0);
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     analysis::linear::Linear,
-    ir::{Graph, NodeId, Op, Outlet, tensor::is_float},
+    ir::{Graph, NodeId, Op, Outlet, Weight, tensor::is_float},
 };
 
 /// Where the bias of a layer stands.
@@ -71,7 +71,7 @@ impl Bias {
                 return Some(());
             }
             let name = format!("{}.{pass}", graph.name(linear.node.out()));
-            let bias = like.fit(&[values.len()], values).filter(|weight| weight.value().is_finite())?;
+            let bias = like.plain(&[values.len()], values).filter(|weight| weight.value().is_finite())?;
             let bias = graph.add_const(bias, &format!("{name}.bias"));
             let result = linear.node.out();
             let add = graph.add_op(Op::new("Add"), &[None, Some(bias)], &[&name], linear.node);
@@ -82,7 +82,7 @@ impl Bias {
         let old = graph.operand(node, slot);
         let dims = old.and_then(|old| graph.constant(old)).map(|old| old.dims().to_vec());
         let dims = dims.filter(|dims| dims.iter().product::<usize>() == values.len()).unwrap_or(vec![values.len()]);
-        let bias = like.fit(&dims, values).filter(|weight| weight.value().is_finite())?;
+        let bias = like.plain(&dims, values).filter(|weight| weight.value().is_finite())?;
         let base = old.map_or_else(|| graph.name(linear.node.out()).to_owned(), |old| graph.name(old).to_owned());
         let new = graph.add_const(bias, &format!("{base}.{pass}"));
         graph.exchange_operand(node, slot, Some(new));
@@ -100,7 +100,13 @@ pub(crate) fn set_matrices(
     let old = graph.weight(linear.weight)?;
     let dims = old.value().dims().to_vec();
     let new = old.fit(&dims, &linear.elements(matrices)).filter(|weight| weight.value().is_finite())?;
-    let new = graph.add_const(new, &format!("{}.{pass}", graph.name(linear.weight)));
+    set_weight(graph, linear, new, pass)
+}
+
+/// Has `linear` multiply by another weight; a shared constant stays what it is for its other readers.
+pub(super) fn set_weight(graph: &mut Graph, linear: &Linear, weight: Weight, pass: &str) -> Option<()> {
+    weight.value().is_finite().then_some(())?;
+    let new = graph.add_const(weight, &format!("{}.{pass}", graph.name(linear.weight)));
     graph.exchange_operand(linear.node, linear.slot(), Some(new));
     Some(())
 }

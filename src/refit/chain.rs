@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{Kept, NAME, Rows, System, eased, set_matrices};
 use crate::{
     analysis::linear::Linear,
-    factor::{Form, Layout, Metric, Shape, Target},
+    factor::{Form, Layout, Shape, Target},
     ir::{Graph, NodeId, Outlet},
     linalg::{product, transposed},
 };
@@ -45,7 +45,15 @@ impl Chain {
         let is_alone = |&(weight, node, slot): &(Outlet, NodeId, u32)| graph.sole_use(weight) == Some((node, slot));
         let mut whole = factored.linear.clone();
         (whole.node, whole.weight, whole.input) = (last, weights.last()?.0, graph.operand(first, 0)?);
-        weights.iter().all(is_alone).then_some(Self { first, whole, weights, form, shape })
+        // What was made codes since is fitted layer by layer.
+        let is_plain = |(weight, ..): &(Outlet, NodeId, u32)| graph.weight(*weight).is_some_and(|w| !w.is_stored());
+        (weights.iter().all(is_alone) && weights.iter().all(is_plain)).then_some(Self {
+            first,
+            whole,
+            weights,
+            form,
+            shape,
+        })
     }
 
     /// Whether the weight of stage `i` is stored with its columns as rows.
@@ -74,13 +82,7 @@ impl Chain {
     pub(super) fn fit(&self, rows: &Rows, old: &[DMatrix<f64>], rectified: Option<f64>) -> Option<Chained> {
         let count = self.whole.rows;
         let systems: Vec<_> = rows.x.par_iter().zip(old).map(|(x, old)| System::new(x, old)).collect::<Option<_>>()?;
-        let metric = |system: &System| {
-            let mut spread = system.covariance.clone();
-            let Some((_, ridge)) = &system.factor else { return Metric::Identity };
-            (0..spread.nrows()).for_each(|i| spread[(i, i)] += ridge);
-            Metric::Full(spread)
-        };
-        let metrics: Vec<_> = systems.iter().map(metric).collect();
+        let metrics: Vec<_> = systems.iter().map(System::metric).collect();
         let wanted: Vec<_> = (0..old.len()).map(|group| rows.of_group(group, count)).collect();
         let mut aims: Vec<DMatrix<f64>> = wanted.iter().map(|(wanted, _)| wanted.clone()).collect();
         let mut chained = None;

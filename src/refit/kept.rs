@@ -7,6 +7,7 @@ use nalgebra::DMatrix;
 use crate::{
     analysis::linear::Linear,
     factor::{Form, Shape},
+    ir::Tensor,
 };
 
 /// Which channels are left of values, by the name of the value and the axis.
@@ -19,6 +20,8 @@ pub struct Kept {
     mixed: BTreeMap<String, Mixed>,
     pub(super) factored: BTreeMap<String, Factored>,
     pub(super) moved: BTreeMap<String, Moved>,
+    /// What weights were before they were made codes, by name.
+    coded: BTreeMap<String, Tensor>,
 }
 
 /// That a value holds what a layer makes in the original.
@@ -79,6 +82,23 @@ impl Kept {
         let mixed = self.mixed.entry(name.to_owned());
         let mixed = mixed.or_insert_with(|| Mixed { axis, matrix: DMatrix::identity(left.len(), left.len()), left });
         mixed.matrix = matrix * &mixed.matrix;
+    }
+
+    /// Notes that the weight `name` was `before` until it was made codes.
+    pub fn code(&mut self, name: String, before: Tensor) {
+        self.coded.insert(name, before);
+    }
+
+    /// Notes that the weight `old` is now `new`, a matrix whose axes are exchanged if it `is_turned`.
+    pub fn turn_coded(&mut self, old: &str, new: &str, is_turned: bool) {
+        let before = self.coded.remove(old);
+        let turned = before.and_then(|before| if is_turned { before.permute(&[1, 0]) } else { Some(before) });
+        self.coded.extend(turned.map(|turned| (new.to_owned(), turned)));
+    }
+
+    /// What the weight `name` was before it was made codes, if it was.
+    pub(super) fn before_coding(&self, name: &str) -> Option<&Tensor> {
+        self.coded.get(name)
     }
 
     /// Notes that the value `name` is now made by a chain.

@@ -29,7 +29,13 @@ pub struct Diff {
 #[must_use]
 pub fn diff(a: &Model, b: &Model) -> Diff {
     let shapes = |model| Samples::likely_shapes(model, &Request::default());
-    let (from, to) = (print(a), print(b));
+    // A file that was read spells stored weights as nodes; the texts tell what they are.
+    let raised = |model: &Model| {
+        let mut model = model.clone();
+        model.raise();
+        print(&model)
+    };
+    let (from, to) = (raised(a), raised(b));
     let lines = TextDiff::from_lines(&from, &to).unified_diff().context_radius(CONTEXT).to_string();
     Diff { costs: (Cost::of(a, &shapes(a)), Cost::of(b, &shapes(b))), lines, is_same: a.to_proto() == b.to_proto() }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use crate::{
     codec::Model,
-    ir::{Body, DType, Graph, Kind, Outlet, Tensor},
+    ir::{Body, DType, Graph, Kind, Outlet, Storage, Tensor, Weight},
     proto::{
         AttributeProto, FunctionProto, GraphProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
         TypeProto,
@@ -17,10 +17,11 @@ use crate::{
 /// Constants of more elements than this are written as a mark.
 const MAX_INLINE: usize = 8;
 
-/// `model` as text, each constant, declared value and node on a line of its own.
+/// `model` as text, each constant, declared value and node on a line of its own. A weight that is stored in fewer bytes has its form for its
+/// mark: `affine4[1,64]` are integers of four bits, of which 1 by 64 have a scale.
 #[must_use]
 pub fn print(model: &Model) -> String {
-    let proto = model.to_proto();
+    let proto = model.twin_proto();
     let mut out = Printer { text: String::new(), depth: 0 };
     out.line("<");
     out.depth += 1;
@@ -125,8 +126,7 @@ impl Printer {
         };
         let made = node.output.first().and_then(|name| held?.constant(name));
         let is_body = |a: &&AttributeProto| matches!(a.r#type(), AttributeType::Graph | AttributeType::Graphs);
-        let plain: Vec<_> =
-            node.attribute.iter().filter(|a| !is_body(a)).map(|a| attribute(a, made.as_ref())).collect();
+        let plain: Vec<_> = node.attribute.iter().filter(|a| !is_body(a)).map(|a| attribute(a, made)).collect();
         let attributes = if plain.is_empty() { String::new() } else { format!("<{}> ", plain.join(", ")) };
         let outputs = list(&node.output);
         self.line(&format!("{label}{outputs} = {op} {attributes}({})", list(&node.input)));
@@ -175,9 +175,9 @@ impl<'a> Held<'a> {
         Self { graph, values: graph.values() }
     }
 
-    fn constant(&self, name: &str) -> Option<Tensor> {
+    fn constant(&self, name: &str) -> Option<&'a Weight> {
         match self.graph.kind(self.values.get(name)?.node) {
-            Kind::Const(constant) => Some(constant.weight.value().clone()),
+            Kind::Const(constant) => Some(&constant.weight),
             _ => None,
         }
     }
@@ -274,8 +274,12 @@ fn tensor_kind(tensor: &TensorProto) -> String {
     if dims.is_empty() { name } else { format!("{name}[{}]", dims.join(",")) }
 }
 
-/// The elements of a constant, or its mark; `tensor` is what the graph holds in its place, if it does.
-fn data(proto: &TensorProto, tensor: Option<Tensor>) -> String {
+/// The elements of a constant, or its mark; `weight` is what the graph holds in its place, if it does.
+fn data(proto: &TensorProto, weight: Option<&Weight>) -> String {
+    if let Some(form) = weight.and_then(|weight| form(weight.storage())) {
+        return form;
+    }
+    let tensor = weight.map(|weight| weight.value().clone());
     let Some(tensor) = tensor.or_else(|| Tensor::carried(proto.clone(), None).ok()) else { return "?".to_owned() };
     if tensor.len() <= MAX_INLINE
         && let Some(elements) = elements(&tensor)
@@ -286,6 +290,19 @@ fn data(proto: &TensorProto, tensor: Option<Tensor>) -> String {
         return "*".to_owned();
     }
     format!("#{:08x}", tensor.hash() as u32)
+}
+
+/// The mark of a form other than element by element.
+fn form(storage: &Storage) -> Option<String> {
+    let kind = match storage {
+        Storage::Dense => return None,
+        Storage::Half => return Some("half".to_owned()),
+        Storage::Affine(_) => "affine",
+        Storage::Codebook(_) => "codebook",
+    };
+    let codes = storage.codes()?;
+    let tile: Vec<_> = codes.tile().iter().map(ToString::to_string).collect();
+    Some(format!("{kind}{}[{}]", codes.bits(), tile.join(",")))
 }
 
 fn elements(tensor: &Tensor) -> Option<Vec<String>> {
@@ -301,7 +318,7 @@ fn elements(tensor: &Tensor) -> Option<Vec<String>> {
     }
 }
 
-fn attribute(attribute: &AttributeProto, made: Option<&Tensor>) -> String {
+fn attribute(attribute: &AttributeProto, made: Option<&Weight>) -> String {
     let name = attribute.name();
     if let Some(reference) = attribute.ref_attr_name.as_ref().filter(|r| !r.is_empty()) {
         return format!("{name}: {} = @{reference}", attribute.r#type().as_str_name().to_lowercase());
@@ -314,7 +331,7 @@ fn attribute(attribute: &AttributeProto, made: Option<&Tensor>) -> String {
             format!("{name} = [{}]", items.join(", "))
         }
     };
-    let tensor = |t: &TensorProto| format!("{} {}", tensor_kind(t), data(t, made.cloned()));
+    let tensor = |t: &TensorProto| format!("{} {}", tensor_kind(t), data(t, made));
     match attribute.r#type() {
         AttributeType::Int => format!("{name} = {}", attribute.i()),
         AttributeType::Float => format!("{name} = {:?}", attribute.f()),

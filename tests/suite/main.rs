@@ -10,6 +10,7 @@ mod models;
 mod passes;
 mod properties;
 mod readme;
+mod storage;
 
 use std::path::{Path, PathBuf};
 

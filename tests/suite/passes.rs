@@ -82,6 +82,7 @@ fn every_fixture_of_a_pass_keeps_its_claim() {
                 assert!(error.is_none() || pass.fidelity == Fidelity::Lossy, "{}", path.display());
             }
             let mut twice = Model::decode(after.encode().into(), None).unwrap();
+            twice.raise();
             if pass.fidelity != Fidelity::Lossy {
                 pipeline::run(&passes, &mut twice, &mut Context::default(), Price::default()).unwrap();
                 assert_eq!(twice.graph.edits(), 0, "{}: a second run changed something", path.display());

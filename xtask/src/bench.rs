@@ -65,7 +65,7 @@ impl Bench {
             let request = Request { data: Some(data.into()), ..Request::default() };
             let samples = Samples::gather(&model, &request)?;
             let mut cx = pass::Context::at(samples.bound.clone());
-            pipeline::run(&[Item::Simplify], &mut model, &mut cx, Price::default())?;
+            pipeline::run(&[Item::Simplify { is_last: true }], &mut model, &mut cx, Price::default())?;
             let fit = samples.part(Split::Fit);
             let start = Instant::now();
             moments::collect(&Engine::default(), &model, &fit, MAX_GRAM_DIM, &mut |_| {})?;

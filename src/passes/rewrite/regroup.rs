@@ -143,7 +143,7 @@ pub(super) fn group(
     };
     let mut constants = vec![weight];
     if is_added(&values) {
-        let stored = writer.graph.weight(weight)?.fit(&[values.len()], &values);
+        let stored = writer.graph.weight(weight)?.plain(&[values.len()], &values);
         constants.push(writer.graph.add_const(stored.filter(|bias| bias.value().is_finite())?, &bias));
     }
     let mut gathers = Vec::new();
@@ -208,7 +208,7 @@ pub(super) fn multiply(
     writer.reshape(&[&rows[..], &[shape.makes as i64]].concat())?;
     let mut node = linear.node;
     if is_added(&values) {
-        let bias = stored.fit(&[values.len()], &values).filter(|bias| bias.value().is_finite())?;
+        let bias = stored.plain(&[values.len()], &values).filter(|bias| bias.value().is_finite())?;
         let bias = writer.graph.add_const(bias, &format!("{}.bias", writer.name));
         node = writer.made().node;
         writer.then(Op::new("Add"), &[bias]);

@@ -43,7 +43,7 @@ pub(in crate::passes) struct Statistics {
 }
 
 impl Statistics {
-    pub(super) fn of(cx: &Context) -> Self {
+    pub(in crate::passes) fn of(cx: &Context) -> Self {
         Self { table: cx.statistics(), kept: cx.kept.clone() }
     }
 
@@ -61,11 +61,11 @@ pub(super) enum Readers {
 }
 
 /// What the moments of a table are of.
-pub(super) struct Known {
+pub(in crate::passes) struct Known {
     /// The layers as they read the vectors that moments are of: pixels, where nothing is known of patches.
     layers: Vec<Linear>,
     /// Whether the layers can take what is lost of the mean in a bias.
-    pub(super) takes_bias: bool,
+    pub(in crate::passes) takes_bias: bool,
 }
 
 impl Readers {
@@ -169,9 +169,8 @@ impl Site {
         let axis = linear.as_ref().map(|layers| layers[0].output_axis());
         let takes_bias = known.as_ref().map(|known| known.takes_bias);
         hasher.update(format!("{shape:?} {axis:?} {takes_bias:?}").as_bytes());
-        for layer in known.iter().flat_map(|known| &known.layers) {
-            hasher.update(layer.source(graph).as_bytes());
-            hasher.update(format!("{:?}", statistics.kept.channels_of(graph.name(layer.input))).as_bytes());
+        if let Some(known) = &known {
+            known.identify(graph, statistics, &mut hasher);
         }
         let name = graph.name(weight).to_owned();
         let stacked = tensor.dims().len() > 2;
@@ -276,16 +275,7 @@ impl Site {
 
     /// μ of what each group multiplies, where what is lost of it can be made up for.
     pub(super) fn means(&self, graph: &Graph, statistics: &Statistics) -> Option<Vec<DVector<f64>>> {
-        let known = self.known.as_ref().filter(|known| known.takes_bias)?;
-        let moments = statistics.moments(graph, &known.layers)?;
-        let taps = if self.shape.spreads { 1 } else { self.shape.taps() };
-        let mean = |moments: &Moments| {
-            let mean = moments.mean();
-            // What is known of pixels holds at each place of a kernel.
-            let repeat = self.shape.reads * taps / mean.len().max(1);
-            DVector::from_fn(mean.len() * repeat, |i, _| mean[i / repeat])
-        };
-        Some(moments.iter().take(self.shape.groups).map(mean).collect())
+        self.known.as_ref().filter(|known| known.takes_bias)?.means(graph, statistics, &self.shape)
     }
 }
 
@@ -304,7 +294,7 @@ fn stacked(matrices: Vec<DMatrix<f64>>, shape: &Shape) -> Vec<DMatrix<f64>> {
 }
 
 /// The axes of the weight of a layer.
-fn shape_of(graph: &Graph, linear: &Linear) -> Shape {
+pub(in crate::passes) fn shape_of(graph: &Graph, linear: &Linear) -> Shape {
     if linear.is_recurrent() {
         let makes = linear.groups * linear.rows;
         return Shape { groups: 1, makes, reads: linear.columns, kernel: Vec::new(), spreads: false };
@@ -321,7 +311,7 @@ fn shape_of(graph: &Graph, linear: &Linear) -> Shape {
 
 impl Known {
     /// What is known of what `layers` read: patches, or else pixels.
-    fn of(graph: &Graph, layers: Vec<Linear>, statistics: &Statistics) -> Option<Self> {
+    pub(in crate::passes) fn of(graph: &Graph, layers: Vec<Linear>, statistics: &Statistics) -> Option<Self> {
         let is_known = |layers: &[Linear]| statistics.moments(graph, layers).is_some();
         let layers = if is_known(&layers) {
             layers
@@ -334,7 +324,44 @@ impl Known {
         Some(Self { layers, takes_bias })
     }
 
-    fn metrics(&self, graph: &Graph, statistics: &Statistics, shape: &Shape) -> Option<Vec<Metric>> {
+    /// The same, where only some layers that could take a bias do.
+    pub(in crate::passes) fn taking_bias(self, takes_bias: bool) -> Self {
+        Self { takes_bias: self.takes_bias && takes_bias, ..self }
+    }
+
+    /// Tells `hasher` what it is of.
+    pub(in crate::passes) fn identify(&self, graph: &Graph, statistics: &Statistics, hasher: &mut Xxh3) {
+        for layer in &self.layers {
+            hasher.update(layer.source(graph).as_bytes());
+            hasher.update(format!("{:?}", statistics.kept.channels_of(graph.name(layer.input))).as_bytes());
+        }
+    }
+
+    /// μ of what each group of layers of this shape multiplies.
+    pub(in crate::passes) fn means(
+        &self,
+        graph: &Graph,
+        statistics: &Statistics,
+        shape: &Shape,
+    ) -> Option<Vec<DVector<f64>>> {
+        let moments = statistics.moments(graph, &self.layers)?;
+        let taps = if shape.spreads { 1 } else { shape.taps() };
+        let mean = |moments: &Moments| {
+            let mean = moments.mean();
+            // What is known of pixels holds at each place of a kernel.
+            let repeat = shape.reads * taps / mean.len().max(1);
+            DVector::from_fn(mean.len() * repeat, |i, _| mean[i / repeat])
+        };
+        Some(moments.iter().take(shape.groups).map(mean).collect())
+    }
+
+    /// How what the groups of layers of this shape multiply varies.
+    pub(in crate::passes) fn metrics(
+        &self,
+        graph: &Graph,
+        statistics: &Statistics,
+        shape: &Shape,
+    ) -> Option<Vec<Metric>> {
         let moments = statistics.moments(graph, &self.layers)?;
         let metric = |moments: &Moments| {
             let mut spread = if self.takes_bias { moments.covariance() } else { moments.second() };

@@ -1,6 +1,6 @@
 //! The elements of constants: written out, or generated.
 
-use rand_core::SeedableRng;
+use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 
 use super::{Parsed, Parser, Token};
@@ -12,6 +12,8 @@ use crate::{
 
 /// Texts are for small models.
 const MAX_ELEMENTS: usize = 1 << 24;
+/// More levels than half precision tells apart are none that a test wants.
+const MAX_LEVELS: i64 = 1 << 12;
 const MAX_RANK: i64 = 1 << 12;
 
 impl Parser {
@@ -20,7 +22,8 @@ impl Parser {
     /// - `normal(seed)`: normal values with the variance that keeps the size of what a layer passes on, one over the
     ///   elements of a slice along the first axis;
     /// - `lowrank(rank, seed)`: a matrix, the rest of the axes taken as one, that is a product of two such of that rank;
-    /// - `blocks(count, seed)`: normal values in the diagonal blocks along the first two axes, zeros elsewhere.
+    /// - `blocks(count, seed)`: normal values in the diagonal blocks along the first two axes, zeros elsewhere;
+    /// - `levels(count, seed)`: multiples of 1/64 around zero, so many different ones.
     pub(super) fn data(&mut self, kind: &TypeProto) -> Parsed<TensorProto> {
         let Some((dtype, dims)) = fixed(kind) else {
             return self.wrong("a tensor type with fixed extents before this,");
@@ -36,7 +39,12 @@ impl Parser {
                 ("normal", &[seed]) => Some(scaled(&dims, &draw(count, seed))),
                 ("lowrank", &[rank @ 1..=MAX_RANK, seed]) => low_rank(&dims, rank as usize, seed),
                 ("blocks", &[blocks @ 1..=i64::MAX, seed]) => diagonal(&dims, blocks as usize, seed),
-                _ => return self.wrong("{…}, normal(seed), lowrank(rank, seed) or blocks(count, seed) before this,"),
+                ("levels", &[levels @ 1..=MAX_LEVELS, seed]) => Some(in_levels(count, levels, seed)),
+                _ => {
+                    return self.wrong(
+                        "{…}, normal(seed), lowrank(rank, seed), blocks(count, seed) or levels(count, seed) before this,",
+                    );
+                }
             };
             values.and_then(|values| Tensor::floats(dtype, &dims, &values)).map(|tensor| tensor.to_proto())
         };
@@ -89,6 +97,13 @@ fn fixed(kind: &TypeProto) -> Option<(DType, Vec<usize>)> {
         _ => None,
     });
     Some((DType::try_from(tensor.elem_type()).ok()?, dims.collect::<Option<_>>()?))
+}
+
+/// Multiples of 1/64 around zero, of which there are so many.
+fn in_levels(count: usize, levels: i64, seed: i64) -> Vec<f64> {
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed as u64);
+    let level = |random: &mut Xoshiro256PlusPlus| (random.next_u64() % levels as u64) as i64 - levels / 2;
+    (0..count).map(|_| level(&mut random) as f64 / 64.0).collect()
 }
 
 fn draw(count: usize, seed: i64) -> Vec<f64> {

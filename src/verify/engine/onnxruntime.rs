@@ -47,7 +47,7 @@ impl Library {
     /// Loads a model as it is written, and runs it once: one thread and no optimizations, so that the answer is the same
     /// each time.
     pub(super) fn session(&self, prepared: &Prepared<'_>, sample: &[Value]) -> Result<Loaded, Cannot> {
-        let bytes = prepared.model.encode();
+        let bytes = prepared.model.encode_twin();
         let session = guarded(NAME, || -> ort::Result<Session> {
             Session::builder(&self.0)?
                 .with_optimization_level(GraphOptimizationLevel::Disable)?

@@ -18,7 +18,7 @@ impl Plan {
     /// Prepares a model for inputs shaped like `sample`: optimized, or as it is where the optimizer fails.
     pub(super) fn new(prepared: &Prepared<'_>, sample: &[Value]) -> Result<Self, Cannot> {
         preflight(&prepared.model.graph)?;
-        let bytes = prepared.model.encode();
+        let bytes = prepared.model.encode_twin();
         let shapes: Vec<_> = sample.iter().map(|value| value.dims.clone()).collect();
         let attempt = |optimize: bool| {
             guarded("tract", || {

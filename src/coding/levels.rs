@@ -1,0 +1,96 @@
+//! The values that codes stand for.
+
+use crate::ir::{DType, Storage, Tensor};
+
+/// What codes of each tile stand for.
+pub(super) enum Levels {
+    /// s·(q − z).
+    Uniform { scales: Vec<f64>, zeros: Option<Vec<f64>>, signed: bool, range: (f64, f64) },
+    /// Entries of tables, one after the other; `order` are the codes of each by the size of what they stand for.
+    Tables { tables: Vec<f64>, entries: usize, order: Vec<u8> },
+}
+
+/// The least and the greatest signed code of so many bits. Those of eight bits are as far from zero on both sides, as kernels of
+/// integers want them; with fewer, no code is given away.
+pub(super) fn range(bits: u32) -> (f64, f64) {
+    let half = f64::from(1_u32 << (bits - 1));
+    (if bits == 8 { 1.0 - half } else { -half }, half - 1.0)
+}
+
+impl Levels {
+    pub(super) fn uniform(scales: Vec<f64>, zeros: Option<Vec<f64>>, signed: bool, range: (f64, f64)) -> Self {
+        Self::Uniform { scales, zeros, signed, range }
+    }
+
+    pub(super) fn tables(tables: &[f64], entries: usize) -> Self {
+        let sorted = |table: &[f64]| {
+            let mut order: Vec<u8> = (0..entries).map(|code| code as u8).collect();
+            order.sort_by(|&a, &b| table[usize::from(a)].total_cmp(&table[usize::from(b)]));
+            order
+        };
+        let order = tables.chunks(entries.max(1)).flat_map(sorted).collect();
+        Self::Tables { tables: tables.to_vec(), entries, order }
+    }
+
+    /// Those of a weight, if it is made of codes.
+    pub(super) fn of(storage: &Storage) -> Option<Self> {
+        match storage {
+            Storage::Dense | Storage::Half => None,
+            Storage::Affine(affine) => {
+                let zeros = affine.zeros().and_then(Tensor::i64s);
+                let zeros = zeros.map(|zeros| zeros.into_iter().map(|zero| zero as f64).collect());
+                let top = f64::from((1_u32 << affine.codes().bits()) - 1);
+                let range = if affine.is_signed() { range(affine.codes().bits()) } else { (0.0, top) };
+                Some(Self::uniform(affine.scales().f64s()?, zeros, affine.is_signed(), range))
+            }
+            Storage::Codebook(codebook) => Some(Self::tables(&codebook.tables().f64s()?, codebook.entries())),
+        }
+    }
+
+    /// The same as elements of type `dtype`.
+    pub(super) fn rounded(&self, dtype: DType) -> Option<Self> {
+        let rounded = |values: &[f64]| Tensor::floats(dtype, &[values.len()], values)?.f64s();
+        Some(match self {
+            Self::Uniform { scales, zeros, signed, range } => {
+                Self::uniform(rounded(scales)?, zeros.clone(), *signed, *range)
+            }
+            Self::Tables { tables, entries, .. } => Self::tables(&rounded(tables)?, *entries),
+        })
+    }
+
+    /// The code of a tile that stands for what is nearest to `value`, and what that is.
+    pub(super) fn nearest(&self, tile: usize, value: f64) -> (u8, f64) {
+        match self {
+            Self::Uniform { scales, zeros, range: (low, high), .. } => {
+                let (scale, zero) = (scales[tile], zeros.as_ref().map_or(0.0, |zeros| zeros[tile]));
+                let code = (value / scale).round_ties_even() + zero;
+                // Where the scale is zero, all that it stands for is.
+                let code = if code.is_finite() { code.clamp(*low, *high) } else { zero };
+                (code as i32 as u8, scale * (code - zero))
+            }
+            Self::Tables { tables, entries, order } => {
+                let (table, order) = (&tables[tile * entries..][..*entries], &order[tile * entries..][..*entries]);
+                let above = order.partition_point(|&code| table[usize::from(code)] < value);
+                let distance = |code: &u8| (table[usize::from(*code)] - value).abs();
+                let near = &order[above.saturating_sub(1)..(above + 1).min(*entries)];
+                let code = match *near {
+                    [a, b] if distance(&b) < distance(&a) => b,
+                    [a, ..] => a,
+                    [] => 0,
+                };
+                (code, table[usize::from(code)])
+            }
+        }
+    }
+
+    /// What a code of a tile stands for.
+    pub(super) fn value(&self, tile: usize, code: u8) -> f64 {
+        match self {
+            Self::Uniform { scales, zeros, signed, .. } => {
+                let code = if *signed { f64::from(code as i8) } else { f64::from(code) };
+                scales[tile] * (code - zeros.as_ref().map_or(0.0, |zeros| zeros[tile]))
+            }
+            Self::Tables { tables, entries, .. } => tables[tile * entries + usize::from(code)],
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Storing weights in fewer bytes: what the passes that do so share.
+
+mod site;
+
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+pub(super) use self::site::Way;
+use self::site::{Coded, Site};
+use super::{
+    menu::{Candidate, Choosing, Menu, allocate, probe},
+    rewrite::Statistics,
+};
+use crate::{
+    analysis::shapes::Shapes,
+    codec::Runtime,
+    ir::{Graph, Kind, NodeId, Op, Outlet, Storage, Weight},
+    pass::{Context, Minimize, open_to_loss},
+    refit::Bias,
+};
+
+/// A pass that stores weights in other ways.
+#[derive(Clone, Debug)]
+pub(super) struct Storing {
+    /// The name of the pass.
+    pub(super) name: &'static str,
+    /// The ways, of which the price of the error chooses, or those of which each weight takes the one of least error.
+    pub(super) ways: Vec<Way>,
+    /// Whether each weight is stored so, whatever the error.
+    pub(super) is_fixed: bool,
+}
+
+/// The error that is predicted, relative and squared, from which on layers are fitted anew.
+const TELLING: f64 = 1e-4;
+
+/// What a weight may become.
+struct Choices {
+    site: Site,
+    menu: Menu<Way>,
+    coded: Vec<Arc<Option<Coded>>>,
+    ways: Vec<Way>,
+}
+
+impl Choices {
+    fn coded(&self, way: Way) -> Option<&Coded> {
+        let place = self.ways.iter().position(|&other| other == way)?;
+        (*self.coded[place]).as_ref()
+    }
+}
+
+impl Choosing<Way> for Choices {
+    fn menu(&self) -> &Menu<Way> {
+        &self.menu
+    }
+
+    fn menu_mut(&mut self) -> &mut Menu<Way> {
+        &mut self.menu
+    }
+
+    fn label(&self, _graph: &Graph) -> String {
+        self.site.label.clone()
+    }
+
+    fn put(&self, graph: &Graph, candidate: Candidate<Way>) -> Option<Graph> {
+        let mut trial = graph.clone();
+        self.site.store(&mut trial, self.coded(candidate.form)?, "trial");
+        Some(trial)
+    }
+}
+
+impl Storing {
+    /// Stores weights of the outermost graph, and of the bodies in it.
+    pub(super) fn start(&self, graph: &mut Graph, cx: &mut Context) {
+        if !self.is_fixed && cx.minimize != Minimize::Bytes {
+            return cx.decline("all weights", "to store them in fewer bytes saves nothing of what is to be saved");
+        }
+        let (mut seen, mut stored) = (0, 0);
+        self.run(graph, cx, true, &mut (&mut seen, &mut stored));
+        if stored > 0 {
+            cx.add("weights seen", seen);
+        }
+        // What makes almost no error is not worth the time.
+        cx.refit |= cx.predicted > TELLING && !cx.moments.is_empty();
+    }
+
+    fn run(&self, graph: &mut Graph, cx: &mut Context, outermost: bool, counts: &mut (&mut usize, &mut usize)) {
+        let statistics = Statistics::of(cx);
+        let mut all = self.choices(graph, &statistics, cx, outermost, counts);
+        if outermost && !self.is_fixed {
+            probe(graph, &mut all, self.name, cx);
+        }
+        let menus: Vec<_> = all.iter().map(|choices| &choices.menu).collect();
+        let chosen: Vec<_> = if self.is_fixed {
+            let best = |menu: &&Menu<Way>| menu.candidates.iter().min_by(|a, b| a.error.total_cmp(&b.error)).copied();
+            menus.iter().map(best).collect()
+        } else {
+            allocate(&menus, cx.price).into_iter().map(Option::<&_>::copied).collect()
+        };
+        for (choices, chosen) in all.iter().zip(chosen) {
+            // What loses nothing has no price.
+            let free = || choices.menu.candidates.iter().find(|candidate| candidate.error == 0.0).copied();
+            let coded = chosen.or_else(free).and_then(|candidate| Some((candidate, choices.coded(candidate.form)?)));
+            let Some((candidate, coded)) = coded else {
+                cx.decline(&choices.site.name, &self.reason(choices, cx));
+                continue;
+            };
+            self.apply(graph, choices, (candidate, coded), cx, outermost);
+            *counts.1 += 1;
+        }
+        for id in open_to_loss(graph, self.is_fixed, cx) {
+            for body in graph.bodies_mut(id) {
+                self.run(&mut body.graph, cx, false, counts);
+            }
+        }
+    }
+
+    /// What each weight of `graph` may become.
+    fn choices(
+        &self,
+        graph: &Graph,
+        statistics: &Statistics,
+        cx: &mut Context,
+        outermost: bool,
+        counts: &mut (&mut usize, &mut usize),
+    ) -> Vec<Choices> {
+        let mut sites = Vec::new();
+        for id in graph.order() {
+            let Kind::Const(_) = graph.kind(id) else { continue };
+            match Site::of(graph, id.out(), (statistics, cx), outermost) {
+                Ok(Some(site)) => sites.push(site),
+                Ok(None) => continue,
+                Err(why) => cx.decline(graph.name(id.out()), &why),
+            }
+            *counts.0 += 1;
+        }
+        let questions: Vec<(&Site, Way)> =
+            sites.iter().flat_map(|site| self.ways.iter().map(move |&way| (site, way))).collect();
+        let key = |&(site, way): &(&Site, Way)| xxh3_64(format!("{} {way:?} stored", site.key).as_bytes());
+        let coded = cx.remember_all(&questions, key, |&(site, way)| site.code(graph, statistics, way));
+        let choices = |(site, coded): (Site, &[Arc<Option<Coded>>])| {
+            let candidate = |(way, coded): (&Way, &Arc<Option<Coded>>)| {
+                let coded = (**coded).as_ref()?;
+                Some(Candidate { form: *way, error: coded.error, cost: coded.bytes })
+            };
+            let mut candidates: Vec<_> = self.ways.iter().zip(coded).filter_map(candidate).collect();
+            candidates.retain(|candidate| candidate.cost < site.whole);
+            candidates.sort_by(|a, b| a.cost.total_cmp(&b.cost).then(a.error.total_cmp(&b.error)));
+            let menu = Menu { whole: site.whole, candidates, probes: Vec::new() };
+            Choices { site, menu, coded: coded.to_vec(), ways: self.ways.clone() }
+        };
+        let chunks: Vec<Vec<_>> = coded.chunks(self.ways.len().max(1)).map(<[_]>::to_vec).collect();
+        sites.into_iter().zip(&chunks).map(|(site, coded)| choices((site, coded))).collect()
+    }
+
+    /// Why a weight stays as it is.
+    fn reason(&self, choices: &Choices, cx: &Context) -> String {
+        let menu = &choices.menu;
+        if choices.coded.iter().all(|coded| coded.is_none()) {
+            return Way::why_not(&self.ways);
+        }
+        let slope = |candidate: &Candidate<Way>| menu.minded(candidate.error) / (menu.whole - candidate.cost);
+        let Some(best) = menu.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b))) else {
+            return "is too small to gain from it".to_owned();
+        };
+        let saved = menu.whole - best.cost;
+        format!(
+            "the best saves {:.0} % of it for an error of {:.1e}, where {:.1e} is allowed for that",
+            saved / menu.whole * 100.0,
+            menu.minded(best.error).sqrt(),
+            (cx.price.per_byte * saved).min(cx.price.ceiling).max(0.0).sqrt()
+        )
+    }
+
+    /// Stores a weight in one of its ways.
+    fn apply(
+        &self,
+        graph: &mut Graph,
+        choices: &Choices,
+        (candidate, coded): (Candidate<Way>, &Coded),
+        cx: &mut Context,
+        outermost: bool,
+    ) {
+        let site = &choices.site;
+        let before = graph.constant(site.weight).cloned();
+        site.store(graph, coded, self.name);
+        if let (true, true, Some(before)) = (outermost, coded.weight.storage().codes().is_some(), before) {
+            cx.kept.code(graph.name(site.weight).to_owned(), before);
+        }
+        cx.predicted += choices.menu.minded(candidate.error) * site.readers as f64;
+        cx.count(candidate.form.word());
+    }
+}
+
+/// Makes each `Gemm` by a matrix of codes that onnxruntime multiplies by as they are a `MatMul`, of which alone it does so; says how many
+/// there were.
+pub(super) fn multiply_by_codes(graph: &mut Graph, shapes: &Shapes, cx: &mut Context) {
+    let mut made = 0;
+    if cx.runtime == Runtime::Onnxruntime {
+        for id in graph.ops() {
+            made += usize::from(by_codes(graph, shapes, id, cx).is_some());
+        }
+    }
+    cx.add("products by codes", made);
+}
+
+fn by_codes(graph: &mut Graph, shapes: &Shapes, node: NodeId, cx: &mut Context) -> Option<()> {
+    /// The operator set with `DequantizeLinear` along an axis, and that with blocks, of so many rows at least.
+    const OPSETS: (i64, i64) = (13, 21);
+    const BLOCK: usize = 16;
+    let op = graph.op_of(node, "Gemm")?;
+    let is_one = |name: &str| op.float(name).unwrap_or(1.0) == 1.0;
+    (is_one("alpha") && is_one("beta") && op.int("transA").unwrap_or(0) == 0).then_some(())?;
+    let (x, value) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let weight = graph.weight(value).filter(|_| graph.sole_use(value).is_some())?;
+    (shapes.rank(x) == Some(2)).then_some(())?;
+    let flipped = if op.int("transB") == Some(1) { weight.permute(&[1, 0])? } else { weight.clone() };
+    let Storage::Affine(affine) = flipped.storage() else { return None };
+    let (rows, columns) = (affine.codes().dims()[0], affine.codes().dims()[1]);
+    let fits = match *affine.codes().tile() {
+        [tile, 1] if tile == rows => graph.opset() >= OPSETS.0,
+        [tile, 1] => graph.opset() >= OPSETS.1 && tile >= BLOCK && tile.is_power_of_two(),
+        _ => false,
+    };
+    fits.then_some(())?;
+    let bias = graph.operand(node, 2);
+    let fits = |bias: Outlet| graph.constant(bias).is_some_and(|bias| bias.dims() == [columns]);
+    bias.is_none_or(fits).then_some(())?;
+    let (name, old) = (graph.name(value).to_owned(), op.clone());
+    let is_turned = op.int("transB") == Some(1);
+    let turned = graph.add_const(flipped, &format!("{name}.turned"));
+    cx.kept.turn_coded(&name, graph.name(turned), is_turned);
+    let product = Op::new("MatMul").in_place_of(&old);
+    match bias {
+        None => graph.replace_op(node, product, &[x, turned]),
+        Some(bias) => {
+            let name = format!("{}.product", graph.name(node.out()));
+            let made = graph.add_op(product, &[Some(x), Some(turned)], &[&name], node);
+            graph.replace_op(node, Op::new("Add"), &[made.out(), bias]);
+        }
+    }
+    Some(())
+}
+
+/// Has what the layers of a weight make keep its mean, where they have a constant bias: Δb = −ΔW·μ.
+fn make_up(graph: &mut Graph, site: &Site, lost: &[f64], pass: &str) {
+    for linear in site.layers() {
+        let bias = Bias::of(graph, linear);
+        if let Some(values) = bias.values(graph, linear) {
+            let values: Vec<f64> = values.iter().zip(lost).map(|(bias, lost)| bias + lost).collect();
+            let _ = bias.set(graph, linear, &values, pass);
+        }
+    }
+}
+
+impl Site {
+    /// Stores the weight so.
+    fn store(&self, graph: &mut Graph, coded: &Coded, pass: &str) {
+        let weight: &Weight = &coded.weight;
+        graph.set_weight(self.weight, weight.clone());
+        if let Some(lost) = &coded.lost {
+            make_up(graph, self, lost, pass);
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! A weight that may be stored in other ways.
+
+use nalgebra::{DMatrix, DVector};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::super::rewrite::{Known, Statistics, shape_of};
+use crate::{
+    analysis::linear::Linear,
+    codec::{least_opset, spelled_bytes},
+    coding::{self, Form, Plane},
+    factor::{Metric, Shape},
+    ir::{DType, Graph, Inlet, Outlet, Tensor, Weight},
+    pass::Context,
+    refit::Bias,
+};
+
+/// A way to store a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(in crate::passes) enum Way {
+    /// In half precision.
+    Half,
+    /// As a table of all its values.
+    Exact,
+    /// As codes.
+    Codes(Form),
+}
+
+impl Way {
+    /// Why a weight can be stored in none of some ways.
+    pub(super) fn why_not(ways: &[Self]) -> String {
+        match ways {
+            [Self::Half] => "holds values beyond what half precision does, or is no wider".to_owned(),
+            _ => "can't be cut in such blocks, or the operator set lacks what it would be made of".to_owned(),
+        }
+    }
+
+    /// What is counted where a weight is stored so.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Half => "weights in half precision",
+            Self::Exact => "weights that are tables of their values",
+            Self::Codes(Form { bits: 8, .. }) => "weights in 8 bits",
+            Self::Codes(Form { bits: 4, .. }) => "weights in 4 bits",
+            Self::Codes(Form { bits: 3, .. }) => "weights in 3 bits",
+            Self::Codes(Form { bits: 2, .. }) => "weights in 2 bits",
+            Self::Codes(_) => "weights in 1 bit",
+        }
+    }
+}
+
+/// A weight that may be stored in other ways.
+pub(in crate::passes) struct Site {
+    pub(super) weight: Outlet,
+    pub(super) name: String,
+    /// Tells it from all others, whatever becomes of those.
+    pub(super) label: String,
+    /// How many layers multiply by it.
+    pub(super) readers: usize,
+    /// Bytes of it as it is.
+    pub(super) whole: f64,
+    /// The layers, where all of them are of one form and nothing else reads it.
+    linear: Vec<Linear>,
+    plane: Plane,
+    shape: Option<Shape>,
+    known: Option<Known>,
+    pub(super) key: u64,
+}
+
+/// A weight stored in one way.
+pub(in crate::passes) struct Coded {
+    pub(super) weight: Weight,
+    /// What it loses, relative and squared, in the metric of what is read.
+    pub(super) error: f64,
+    /// Bytes of all that it takes in the file.
+    pub(super) bytes: f64,
+    /// (W − Ŵ)·μ of all groups, where that goes into a bias.
+    pub(super) lost: Option<Vec<f64>>,
+}
+
+/// Elements of the smallest weight that is looked at.
+const FEWEST: usize = 64;
+
+impl Site {
+    /// The weight that `value` is: a matrix at least, in the element type of floats, of more than a few elements. An error is why it is
+    /// none that may be stored otherwise.
+    pub(super) fn of(
+        graph: &Graph,
+        value: Outlet,
+        (statistics, cx): (&Statistics, &Context),
+        outermost: bool,
+    ) -> Result<Option<Self>, String> {
+        let Some(weight) = graph.weight(value) else { return Ok(None) };
+        let tensor = weight.value();
+        let is_float = matches!(tensor.dtype(), DType::Float | DType::Double | DType::Float16);
+        if !is_float || tensor.dims().len() < 2 || tensor.len() < FEWEST {
+            return Ok(None);
+        }
+        if weight.is_stored() {
+            return Err("is stored in fewer bytes already".to_owned());
+        }
+        let linear = layers(graph, value).unwrap_or_default();
+        let nodes: Vec<_> = graph.uses(value).into_iter().map(|(node, _)| graph.label(node)).collect();
+        if cx.is_kept(&[graph.name(value)]) || cx.is_kept(&nodes) {
+            return Err("kept by --keep".to_owned());
+        }
+        if graph.is_pinned(value) {
+            return Err("is named by an annotation or by training information".to_owned());
+        }
+        if graph.is_output(value) {
+            return Err("is an output of the graph".to_owned());
+        }
+        if !tensor.is_finite() {
+            return Err("holds values that are not finite".to_owned());
+        }
+        let shape = linear.first().map(|first| {
+            let shape = shape_of(graph, first);
+            // Directions of a recurrence are groups of their own.
+            if first.is_recurrent() { Shape { groups: first.groups, makes: first.rows, ..shape } } else { shape }
+        });
+        let takes_bias = |linear: &Linear| linear.is_direct() && !matches!(Bias::of(graph, linear), Bias::Outside);
+        let known = (outermost && !linear.is_empty()).then(|| Known::of(graph, linear.clone(), statistics)).flatten();
+        let known = known.map(|known| known.taking_bias(linear.iter().all(takes_bias)));
+        let mut hasher = Xxh3::new();
+        hasher.update(&tensor.hash().to_le_bytes());
+        let axis = linear.first().map(Linear::output_axis);
+        hasher.update(
+            format!("{shape:?} {axis:?} {} {:?}", graph.opset(), known.as_ref().map(|known| known.takes_bias))
+                .as_bytes(),
+        );
+        if let Some(known) = &known {
+            known.identify(graph, statistics, &mut hasher);
+        }
+        let made = |linear: &Linear| graph.name(linear.node.out()).to_owned();
+        let label = if linear.is_empty() { graph.name(value).to_owned() } else { linear.iter().map(made).collect() };
+        Ok(Some(Self {
+            weight: value,
+            name: graph.name(value).to_owned(),
+            label,
+            readers: linear.len().max(1),
+            whole: tensor.byte_len() as f64,
+            plane: Plane::new(tensor.dims(), linear.first()),
+            linear,
+            shape,
+            known,
+            key: hasher.digest(),
+        }))
+    }
+
+    /// The layers that multiply by it.
+    pub(super) fn layers(&self) -> &[Linear] {
+        &self.linear
+    }
+
+    /// The weight stored in a way, if that is possible.
+    pub(super) fn code(&self, graph: &Graph, statistics: &Statistics, way: Way) -> Option<Coded> {
+        let tensor = graph.constant(self.weight)?;
+        let values = tensor.f64s()?;
+        let metrics = match (&self.known, &self.shape) {
+            (Some(known), Some(shape)) => known.metrics(graph, statistics, shape)?,
+            _ => Vec::new(),
+        };
+        let weight = match way {
+            Way::Half => half(tensor, &values)?,
+            Way::Exact => coding::exact_table(tensor)?,
+            Way::Codes(form) => {
+                (graph.opset() >= least_opset(form)).then_some(())?;
+                let tile = self.plane.tile(form.tiling)?;
+                let form = (form.scheme, form.bits, &tile[..]);
+                let storage = coding::fit((&self.plane, form), (tensor.dtype(), tensor.dims()), &values, &metrics)?;
+                Weight::stored(storage)?
+            }
+        };
+        let bytes = spelled_bytes(graph, self.weight, &weight)? as f64;
+        let stored = weight.value().f64s()?;
+        stored.iter().all(|value| value.is_finite()).then_some(())?;
+        let (before, after) = (self.plane.matrices(&values), self.plane.matrices(&stored));
+        let lost: Vec<DMatrix<f64>> = before.iter().zip(&after).map(|(before, after)| before - after).collect();
+        let energy = |matrices: &[DMatrix<f64>]| {
+            let of = |(group, matrix): (usize, &DMatrix<f64>)| match metrics.get(group.min(metrics.len().max(1) - 1)) {
+                Some(metric) => metric.times(matrix).dot(matrix),
+                None => Metric::Identity.times(matrix).dot(matrix),
+            };
+            matrices.iter().enumerate().map(of).sum::<f64>()
+        };
+        let whole = energy(&before);
+        let error = if whole > 0.0 { energy(&lost).max(0.0) / whole } else { 0.0 };
+        let lost = if error > 0.0 { self.means(graph, statistics) } else { None }.map(|means| {
+            let of_group = |(lost, mean): (&DMatrix<f64>, &DVector<f64>)| (lost * mean).as_slice().to_vec();
+            lost.iter().zip(&means).flat_map(of_group).collect()
+        });
+        Some(Coded { weight, error, bytes, lost })
+    }
+
+    /// μ of what each group reads, where what is lost of it goes into a bias.
+    fn means(&self, graph: &Graph, statistics: &Statistics) -> Option<Vec<DVector<f64>>> {
+        self.known.as_ref().filter(|known| known.takes_bias)?.means(graph, statistics, self.shape.as_ref()?)
+    }
+}
+
+/// The layers that multiply by `weight`, if nothing else reads it and all of them are of one form.
+fn layers(graph: &Graph, weight: Outlet) -> Option<Vec<Linear>> {
+    let of_use = |(node, inlet): (_, Inlet)| {
+        let mut found = Linear::within(graph, node).into_iter();
+        found.find(|linear| linear.weight == weight && inlet == Inlet::Slot(linear.slot()))
+    };
+    let layers = graph.uses(weight).into_iter().map(of_use).collect::<Option<Vec<_>>>()?;
+    let first = layers.first()?;
+    let kind = |linear: &Linear| graph.op(linear.node).map(|op| op.op_type().to_owned());
+    let form =
+        |linear: &Linear| (kind(linear), linear.groups, linear.rows, linear.taps, linear.spread, linear.output_axis());
+    layers.iter().all(|linear| form(linear) == form(first)).then_some(layers)
+}
+
+/// `tensor` in half precision; `None` where an element is too large for that, or it is no wider.
+fn half(tensor: &Tensor, values: &[f64]) -> Option<Weight> {
+    let halves = Tensor::floats(DType::Float16, tensor.dims(), values)?;
+    halves.is_finite().then_some(())?;
+    Weight::half(Tensor::floats(tensor.dtype(), tensor.dims(), &halves.f64s()?)?)
+}
