@@ -92,7 +92,8 @@ pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
         Storage::Codebook(codebook) => (Scheme::Table, codebook.codes()),
     };
     let tile = codes.tile_for(value.dims());
-    Weight::stored(nearest((scheme, codes.bits()), (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?)
+    let like = nearest((scheme, codes.bits()), (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
+    Weight::stored(like.multiplied_like(storage))
 }
 
 /// `matrices` as the weight of `linear`, stored as `template` is, as close to it as can be in `metrics`; `None` where it is beyond what the
@@ -107,7 +108,8 @@ pub(crate) fn fit_like(
     let values = linear.elements(matrices);
     let Some(codes) = template.storage().codes() else { return template.fit(dims, &values) };
     let form = (Scheme::of(template.storage())?, codes.bits(), codes.tile());
-    Weight::stored(fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?)
+    let fitted = fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?;
+    Weight::stored(fitted.multiplied_like(template.storage()))
 }
 
 /// The form of a weight of few different values, if there is one that takes fewer bytes: a table of them all.

@@ -410,7 +410,7 @@ impl Dequantized {
     /// That of the constant at `id`, if that is how it is best spelled.
     fn of(graph: &Graph, id: NodeId, affine: &Affine, (runtime, ir_version): (Runtime, i64)) -> Option<Self> {
         let (codes, opset) = (affine.codes(), graph.opset());
-        let is_product = runtime == Runtime::Onnxruntime && is_multiplied_by(graph, id);
+        let is_product = runtime == Runtime::Onnxruntime && affine.is_multiplied_by() && is_multiplied_by(graph, id);
         (runtime == Runtime::Generic || is_product || is_between_codes(graph, id)).then_some(())?;
         let has = |(least, version): (i64, i64)| opset >= least && ir_version >= version;
         let dtype = match (codes.bits(), affine.is_signed()) {
@@ -488,6 +488,7 @@ fn is_multiplied_by(graph: &Graph, id: NodeId) -> bool {
 pub(crate) fn is_multiplied_by_codes(model: &Model, graph: &Graph, id: NodeId) -> bool {
     let Some(Storage::Affine(affine)) = graph.weight(id.out()).map(Weight::storage) else { return false };
     model.runtime == Runtime::Onnxruntime
+        && affine.is_multiplied_by()
         && is_multiplied_by(graph, id)
         && Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).is_some()
 }

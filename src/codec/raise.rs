@@ -160,11 +160,12 @@ fn dequantized(graph: &Graph, node: NodeId) -> Option<Weight> {
     } else if scales.len() != 1 {
         return None;
     }
-    affine(&whole, &tile, scales, zeros.map(|zeros| zeros.values()))
+    let form = affine(&whole, &tile, scales, zeros.map(|zeros| zeros.values()))?;
+    Weight::stored(Storage::Affine(form.to_multiply_by()))
 }
 
 /// Integers of `whole`, times a scale for each tile, less a zero point for each before, in the order of tiles.
-fn affine(whole: &Integers, tile: &[usize], scales: &Tensor, zeros: Option<Vec<i64>>) -> Option<Weight> {
+fn affine(whole: &Integers, tile: &[usize], scales: &Tensor, zeros: Option<Vec<i64>>) -> Option<Affine> {
     let codes = whole.codes(tile, whole.is_signed)?;
     let grid = codes.grid();
     let zeros = match zeros {
@@ -175,7 +176,7 @@ fn affine(whole: &Integers, tile: &[usize], scales: &Tensor, zeros: Option<Vec<i
         None => None,
     };
     (scales.len() == grid.iter().product::<usize>()).then_some(())?;
-    Weight::stored(Storage::Affine(Affine::new(codes, whole.is_signed, scales.reshape(&grid)?, zeros)?))
+    Affine::new(codes, whole.is_signed, scales.reshape(&grid)?, zeros)
 }
 
 /// `value`, which is made of integers alone, times the constant `scales`.
@@ -203,7 +204,7 @@ fn product(graph: &Graph, value: Outlet, scales: Outlet) -> Option<Weight> {
         Some(_) => return None,
         None => None,
     };
-    affine(&whole, &tile, scales, zeros)
+    Weight::stored(Storage::Affine(affine(&whole, &tile, scales, zeros)?))
 }
 
 /// Integers that are made of constants, and how many bits each takes there.

@@ -17,6 +17,14 @@ pub(super) fn range(bits: u32) -> (f64, f64) {
     (if bits == 8 { 1.0 - half } else { -half }, half - 1.0)
 }
 
+/// The integer from `low` to `high` that is nearest to `value`, the even one of two.
+#[inline]
+pub(super) fn whole(value: f64, low: f64, high: f64) -> f64 {
+    /// Beside it, numbers are integers; an instruction that rounds is not there on every machine.
+    const INTEGERS: f64 = 6_755_399_441_055_744.0;
+    value.clamp(low, high) + INTEGERS - INTEGERS
+}
+
 impl Levels {
     pub(super) fn uniform(scales: Vec<f64>, zeros: Option<Vec<f64>>, signed: bool, range: (f64, f64)) -> Self {
         Self::Uniform { scales, zeros, signed, range }
@@ -63,9 +71,9 @@ impl Levels {
         match self {
             Self::Uniform { scales, zeros, range: (low, high), .. } => {
                 let (scale, zero) = (scales[tile], zeros.as_ref().map_or(0.0, |zeros| zeros[tile]));
-                let code = (value / scale).round_ties_even() + zero;
+                let code = value / scale;
                 // Where the scale is zero, all that it stands for is.
-                let code = if code.is_finite() { code.clamp(*low, *high) } else { zero };
+                let code = if code.is_finite() { whole(code, low - zero, high - zero) + zero } else { zero };
                 (code as i32 as u8, scale * (code - zero))
             }
             Self::Tables { tables, entries, order } => {

@@ -1,12 +1,15 @@
 //! The scale of uniform levels.
 
+use super::levels::whole;
+
 /// Shares of the scale at which nothing is cut off that are tried before the best is refined (algorithms.md §6.2).
 const STEPS: usize = 24;
 /// The least of them.
 const LEAST: f64 = 0.35;
 /// Steps of golden-section search around the best.
 const REFINEMENTS: usize = 10;
-/// Elements that the search looks at; of more, equally spaced ones.
+/// Elements that tell the shares apart, and those that the refinement looks at; of more, equally spaced ones.
+const FEW: usize = 1 << 10;
 const MOST: usize = 1 << 14;
 
 /// The scale s of codes from `low` to `high` that minimizes Σ h·(w − s·q)² over `elements` (w, h), q the nearest code. It is negative
@@ -16,11 +19,12 @@ pub(super) fn search(elements: &[(f64, f64)], low: f64, high: f64) -> f64 {
     if largest == 0.0 {
         return 1.0;
     }
-    let step = elements.len().div_ceil(MOST).max(1);
-    let lost = |scale: f64| {
+    let lost = |scale: f64, most: usize| {
+        let step = elements.len().div_ceil(most).max(1);
+        let inverse = scale.recip();
         let one = |(value, importance): &(f64, f64)| {
-            let code = (value / scale).round_ties_even().clamp(low, high);
-            importance * (value - scale * code).powi(2)
+            let off = value - scale * whole(value * inverse, low, high);
+            importance * off * off
         };
         elements.iter().step_by(step).map(one).sum::<f64>()
     };
@@ -31,14 +35,15 @@ pub(super) fn search(elements: &[(f64, f64)], low: f64, high: f64) -> f64 {
         for i in 0..=STEPS {
             let share = LEAST + (1.0 - LEAST) * i as f64 / STEPS as f64;
             let scale = sign * share * full;
-            let lost = lost(scale);
+            let lost = lost(scale, FEW);
             if lost < best.0 {
                 best = (lost, scale);
             }
         }
     }
     let width = (1.0 - LEAST) / STEPS as f64 * full;
-    refine(&lost, best, width)
+    let best = (lost(best.1, MOST), best.1);
+    refine(&|scale| lost(scale, MOST), best, width)
 }
 
 /// Golden-section search within `width` of the best, for a function that need not have one minimum there.

@@ -191,6 +191,8 @@ pub struct Affine {
     scales: Tensor,
     /// The zero point of each tile, `INT32`, where there are any.
     zeros: Option<Tensor>,
+    /// Whether a runtime that can is to multiply by the codes, and not to make floats of them once.
+    multiplied: bool,
 }
 
 impl Affine {
@@ -200,8 +202,31 @@ impl Affine {
         let grid = codes.grid();
         let is_float = matches!(scales.dtype(), DType::Float | DType::Float16 | DType::Double);
         let are_zeros = zeros.as_ref().is_none_or(|zeros| zeros.dtype() == DType::Int32 && zeros.dims() == grid);
-        let form = (is_float && scales.dims() == grid && are_zeros).then_some(Self { codes, signed, scales, zeros })?;
+        let form = (is_float && scales.dims() == grid && are_zeros).then_some(Self {
+            codes,
+            signed,
+            scales,
+            zeros,
+            multiplied: false,
+        })?;
         Some(form.plain())
+    }
+
+    /// The same form of other codes, scales and zero points.
+    fn with(&self, codes: Codes, scales: Tensor, zeros: Option<Tensor>) -> Option<Self> {
+        Some(Self { multiplied: self.multiplied, ..Self::new(codes, self.signed, scales, zeros)? })
+    }
+
+    /// The same codes, by which a runtime that can is to multiply as they are.
+    #[must_use]
+    pub fn to_multiply_by(self) -> Self {
+        Self { multiplied: true, ..self }
+    }
+
+    /// Whether a runtime that can is to multiply by the codes, and not to make floats of them once.
+    #[must_use]
+    pub fn is_multiplied_by(&self) -> bool {
+        self.multiplied
     }
 
     /// The one of equal forms that is told from their files: no zero points that are zero, and of codes of less than a byte signed ones
@@ -275,16 +300,16 @@ impl Affine {
             Some(zeros) => Some(zeros.select(axis, &taken)?),
             None => None,
         };
-        Self::new(codes, self.signed, scales, zeros)
+        self.with(codes, scales, zeros)
     }
 
     /// The same codes with each slice along `axis` multiplied by a factor.
     fn scaled(&self, axis: usize, factors: &[f64]) -> Option<Self> {
-        let Self { codes, signed, scales, zeros } = self.cut(axis, 1)?;
+        let Self { codes, scales, zeros, .. } = self.cut(axis, 1)?;
         let inner: usize = scales.dims()[axis + 1..].iter().product();
         let own = |i: usize| factors[i / inner.max(1) % factors.len()];
         let values: Vec<_> = scales.f64s()?.iter().enumerate().map(|(i, scale)| scale * own(i)).collect();
-        Self::new(codes, signed, Tensor::floats(scales.dtype(), scales.dims(), &values)?, zeros)
+        self.with(codes, Tensor::floats(scales.dtype(), scales.dims(), &values)?, zeros)
     }
 }
 
@@ -369,6 +394,14 @@ impl Storage {
         }
     }
 
+    /// The same, by which a runtime that can is to multiply as it is if it is so by `other`.
+    pub(crate) fn multiplied_like(self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Affine(affine), Self::Affine(other)) if other.multiplied => Self::Affine(affine.to_multiply_by()),
+            (own, _) => own,
+        }
+    }
+
     /// Bytes of codes, scales and tables for `value`, as written.
     pub(super) fn bytes(&self, value: &Tensor) -> usize {
         let packed = |codes: &Codes| (codes.bytes.len() * codes.bits as usize).div_ceil(8);
@@ -392,7 +425,7 @@ impl Storage {
                     Some(zeros) => Some(zeros.select(axis, &taken)?),
                     None => None,
                 };
-                Self::Affine(Affine::new(codes, affine.signed, affine.scales.select(axis, &taken)?, zeros)?)
+                Self::Affine(affine.with(codes, affine.scales.select(axis, &taken)?, zeros)?)
             }
             Self::Codebook(codebook) => {
                 let (codes, taken) = codebook.codes.select(axis, indices)?;
@@ -411,7 +444,7 @@ impl Storage {
                     None => None,
                 };
                 let codes = affine.codes.permute(perm)?;
-                Self::Affine(Affine::new(codes, affine.signed, affine.scales.permute(perm)?, zeros)?)
+                Self::Affine(affine.with(codes, affine.scales.permute(perm)?, zeros)?)
             }
             Self::Codebook(codebook) => {
                 let entries: Vec<_> = perm.iter().copied().chain([perm.len()]).collect();
@@ -431,7 +464,7 @@ impl Storage {
                     Some(zeros) => Some(zeros.reshape(&grid)?),
                     None => None,
                 };
-                Self::Affine(Affine::new(codes, affine.signed, affine.scales.reshape(&grid)?, zeros)?)
+                Self::Affine(affine.with(codes, affine.scales.reshape(&grid)?, zeros)?)
             }
             Self::Codebook(codebook) => {
                 let codes = codebook.codes.reshape(dims)?;

@@ -38,7 +38,8 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     graph.sole_use(product).filter(|_| !graph.is_pinned(product) && !graph.is_pinned(node.out()))?;
     let (a, b) = (graph.operand(product.node, 0)?, graph.operand(product.node, 1)?);
     // Runtimes multiply by codes in a `MatMul` alone.
-    if graph.weight(b).is_some_and(|weight| matches!(weight.storage(), Storage::Affine(_))) {
+    let is_multiplied = |storage: &Storage| matches!(storage, Storage::Affine(affine) if affine.is_multiplied_by());
+    if graph.weight(b).is_some_and(|weight| is_multiplied(weight.storage())) {
         return None;
     }
     let columns = shapes.dims(b).filter(|dims| dims.len() == 2)?.last()?.and_then(Term::extent);

@@ -27,6 +27,7 @@ struct Case {
     has_zeros: bool,
     opset: i64,
     is_generic: bool,
+    is_multiplied: bool,
     seed: u64,
 }
 
@@ -60,7 +61,8 @@ impl Case {
         let zeros: Vec<i64> = (0..tiles as i64).map(|i| (i + 1) % 2).collect();
         let zeros = self.has_zeros.then(|| Tensor::integers(DType::Int32, &grid, &zeros)).flatten();
         let scales = Tensor::floats(self.dtype, &grid, &floats(tiles))?;
-        Weight::stored(Storage::Affine(Affine::new(codes, is_signed, scales, zeros)?))
+        let form = Affine::new(codes, is_signed, scales, zeros)?;
+        Weight::stored(Storage::Affine(if self.is_multiplied { form.to_multiply_by() } else { form }))
     }
 
     /// A model that reads the weight.
@@ -86,7 +88,7 @@ prop_compose! {
     fn cases()(
         axes in prop::collection::vec((1_usize..9, 0_usize..4), 1..5),
         (dtype, bits) in (0_usize..3, 0_usize..5),
-        flags in any::<(bool, bool, bool, bool)>(),
+        flags in any::<(bool, bool, bool, bool, bool)>(),
         (opset, seed) in (0_usize..6, any::<u64>()),
     ) -> Case {
         let is_table = flags.0;
@@ -106,6 +108,7 @@ prop_compose! {
             has_zeros: flags.2,
             opset: [7, 10, 11, 13, 21, 25][opset],
             is_generic: flags.3,
+            is_multiplied: flags.4,
             seed,
         }
     }
@@ -197,6 +200,7 @@ fn coded(bits: u32, tile: &[usize]) -> Weight {
         has_zeros: true,
         opset: 21,
         is_generic: false,
+        is_multiplied: false,
         seed: 5,
     };
     case.weight().unwrap()

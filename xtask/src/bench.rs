@@ -51,7 +51,38 @@ impl Bench {
         if !self.calibrated.is_empty() {
             self.calibration(&program)?;
         }
-        self.factorization(&program)
+        self.factorization(&program)?;
+        self.coding(&program)
+    }
+
+    /// The time of storing the weight of a `MatMul` of noise in four bits, over samples whose elements vary together.
+    fn coding(&self, program: &Path) -> anyhow::Result<()> {
+        const SIZE: usize = 4096;
+        println!(
+            "\n| a MatMul of {SIZE} x {SIZE}, 512 samples, a whole run | s | anonymous memory, MB |\n|---|---|---|"
+        );
+        let folder = std::env::temp_dir().join(format!("onnx-shrink-bench-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let (path, data, out) = (folder.join("large.onnx"), folder.join("x.npz"), folder.join("out.onnx"));
+        let text = format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,{SIZE}] x) => (float[N,{SIZE}] y)\n<float[1] w = {{0.0}}>\n{{\n y = MatMul (x, w)\n}}\n"
+        );
+        save_with(&text, (SIZE, SIZE), &path)?;
+        let script = format!(
+            "import numpy as np, sys; r = np.random.default_rng(0); \
+             x = r.standard_normal((512, 256)) @ r.standard_normal((256, {SIZE})) + r.standard_normal((512, {SIZE})); \
+             np.savez(sys.argv[1], x=x.astype('f4'))"
+        );
+        let made = Command::new(&self.python).args(["-c", &script]).arg(&data).status()?;
+        ensure!(made.success(), "numpy can't be run");
+        for passes in ["quantize:bits=4", "codebook:bits=4"] {
+            let mut command = Command::new(program);
+            let command = command.arg(&path).arg(&out).args(["--passes", passes, "--max-error", "2", "-q", "--data"]);
+            let (time, peak) = measure(command.arg(&data))?;
+            println!("| {passes} | {:.1} | {:.0} |", time.as_secs_f64(), peak as f64 / 1e6);
+        }
+        fs::remove_dir_all(&folder)?;
+        Ok(())
     }
 
     fn calibration(&self, program: &Path) -> anyhow::Result<()> {
@@ -162,18 +193,23 @@ fn splitting(program: &Path) -> anyhow::Result<(Duration, u64)> {
     let text = format!(
         "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,{columns}] x) => (float[N,{rows}] y)\n<float[1] w = {{0.0}}>\n{{\n y = Gemm <transB = 1> (x, w)\n}}\n"
     );
-    let mut model = text::parse(&text)?;
+    save_with(&text, (rows, columns), &path)?;
+    let mut command = Command::new(program);
+    let measured = measure(command.arg(&path).arg(&out).args(["--passes", "svd:rank=256", "--max-error", "2", "-q"]));
+    fs::remove_dir_all(&folder)?;
+    measured
+}
+
+/// Saves the model of one layer that `text` is, with a weight of noise.
+fn save_with(text: &str, (rows, columns): (usize, usize), path: &Path) -> anyhow::Result<()> {
+    let mut model = text::parse(text)?;
     let (node, scale) = (model.graph.ops()[0], (columns as f64).sqrt().recip());
     let values: Vec<f64> = (0..rows * columns).map(|i| noise(i / columns, i % columns) * scale).collect();
     let weight = Tensor::floats(DType::Float, &[rows, columns], &values).context("floats")?;
     let value = model.graph.operand(node, 1).context("a weight")?;
     model.graph.set_weight(value, Weight::dense(weight));
-    codec::save(&model, &path, &AtomicBool::new(false))?;
-    drop((values, model));
-    let mut command = Command::new(program);
-    let measured = measure(command.arg(&path).arg(&out).args(["--passes", "svd:rank=256", "--max-error", "2", "-q"]));
-    fs::remove_dir_all(&folder)?;
-    measured
+    codec::save(&model, path, &AtomicBool::new(false))?;
+    Ok(())
 }
 
 /// A number between -1 and 1 that looks random.

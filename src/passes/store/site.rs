@@ -176,9 +176,12 @@ impl Site {
         let (before, after) = (self.plane.matrices(&values), self.plane.matrices(&stored));
         let lost: Vec<DMatrix<f64>> = before.iter().zip(&after).map(|(before, after)| before - after).collect();
         let energy = |matrices: &[DMatrix<f64>]| {
-            let of = |(group, matrix): (usize, &DMatrix<f64>)| match metrics.get(group.min(metrics.len().max(1) - 1)) {
-                Some(metric) => metric.times(matrix).dot(matrix),
-                None => Metric::Identity.times(matrix).dot(matrix),
+            let of = |(group, matrix): (usize, &DMatrix<f64>)| {
+                let some = some_rows(matrix);
+                match metrics.get(group.min(metrics.len().max(1) - 1)) {
+                    Some(metric) => metric.times(&some).dot(&some),
+                    None => Metric::Identity.times(&some).dot(&some),
+                }
             };
             matrices.iter().enumerate().map(of).sum::<f64>()
         };
@@ -195,6 +198,16 @@ impl Site {
     fn means(&self, graph: &Graph, statistics: &Statistics) -> Option<Vec<DVector<f64>>> {
         self.known.as_ref().filter(|known| known.takes_bias)?.means(graph, statistics, self.shape.as_ref()?)
     }
+}
+
+/// Rows of `matrix` that tell its energy: all, or of large ones, equally spaced ones.
+fn some_rows(matrix: &DMatrix<f64>) -> DMatrix<f64> {
+    const FEWEST: usize = 256;
+    const WORK: f64 = 1e10;
+    let (rows, columns) = matrix.shape();
+    let most = ((WORK / (columns as f64).powi(2)) as usize).max(FEWEST);
+    let step = rows.div_ceil(most).max(1);
+    if step == 1 { matrix.clone() } else { matrix.select_rows(&(0..rows).step_by(step).collect::<Vec<_>>()) }
 }
 
 /// The layers that multiply by `weight`, if nothing else reads it and all of them are of one form.
