@@ -23,7 +23,7 @@ pub use self::{
 };
 pub(crate) use self::{
     lower::{is_multiplied_by_codes, spelled_bytes},
-    raise::moved,
+    raise::{keeps_weights, moved},
 };
 use crate::{
     ir::{Graph, InvalidGraph, TensorError},

@@ -17,7 +17,7 @@ use serde::Serialize;
 use self::lossy::Lossy;
 use crate::{
     analysis::{cost::Cost, moments},
-    codec::{Model, Runtime},
+    codec::{Model, Runtime, keeps_weights},
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
@@ -151,6 +151,12 @@ pub enum ShrinkError {
          nothing was written"
     )]
     Batches,
+    /// The file would not hold what was verified.
+    #[error(
+        "the weights that the file would hold are not those that were verified, which is a mistake in this program; nothing was \
+         written, and passes that store weights can be left out"
+    )]
+    Misspelled,
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -224,6 +230,7 @@ impl ShrinkError {
                 | Self::Flat
                 | Self::Incomparable
                 | Self::Batches
+                | Self::Misspelled
                 | Self::Differs { .. }
                 | Self::Flips { .. }
         )
@@ -300,6 +307,9 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         if matches!(takes(model), Ok(Some(true))) && !matches!(takes(&result), Ok(Some(true))) {
             return Err(ShrinkError::Batches);
         }
+    }
+    if job.verify && !keeps_weights(&result) {
+        return Err(ShrinkError::Misspelled);
     }
     report.moments = Arc::clone(&cx.moments);
     if result.graph.edits() == model.graph.edits() {

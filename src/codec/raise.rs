@@ -1,5 +1,7 @@
 //! Recognising weights that a file makes of integers: what [`lower`](super::lower) writes, and what other tools do.
 
+use std::collections::BTreeSet;
+
 use super::{
     Model,
     lower::{NEGATED, negated},
@@ -22,7 +24,27 @@ impl Model {
     }
 }
 
-/// The same of `graph`, which is `before` as the file has it.
+/// Whether the file of `model` holds each of its stored weights, bit for bit: what is verified is the twin, in which they are floats.
+pub(crate) fn keeps_weights(model: &Model) -> bool {
+    let wanted = hashes(&model.graph, &Weight::is_stored);
+    if wanted.is_empty() {
+        return true;
+    }
+    let Ok(mut file) = Model::decode(model.encode().into(), None) else { return false };
+    file.raise();
+    // What can't be spelled otherwise is there element by element.
+    let found = hashes(&file.graph, &|weight| is_float(weight.value().dtype()));
+    wanted.is_subset(&found)
+}
+
+/// The hashes of the values of those weights of `graph`, and of the bodies in it, that `is_wanted` is true of.
+fn hashes(graph: &Graph, is_wanted: &dyn Fn(&Weight) -> bool) -> BTreeSet<u64> {
+    let weights = graph.node_ids().filter_map(|id| graph.weight(id.out())).filter(|weight| is_wanted(weight));
+    let inside = graph.bodies().flat_map(|(_, body)| hashes(&body.graph, is_wanted));
+    weights.map(|weight| weight.value().hash()).chain(inside).collect()
+}
+
+/// See [`Model::raise`]; `before` is `graph` as the file has it.
 fn raise(graph: &mut Graph, before: &Graph) {
     for id in graph.ops() {
         if graph.op(id).is_none()
