@@ -6,6 +6,7 @@ mod means;
 mod plane;
 mod scale;
 mod sweep;
+mod vectors;
 
 use bytes::Bytes;
 use nalgebra::DMatrix;
@@ -15,6 +16,7 @@ use self::levels::Levels;
 pub use self::{
     plane::{Plane, Tiling},
     sweep::fit,
+    vectors::fit_vectors,
 };
 use crate::{
     analysis::linear::Linear,
@@ -88,6 +90,11 @@ pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
             let halves = Tensor::floats(DType::Float16, value.dims(), &value.f64s()?)?;
             return Weight::half(Tensor::floats(value.dtype(), value.dims(), &halves.f64s()?)?);
         }
+        Storage::Vectors(vectors) => {
+            let form = (vectors.codes().bits(), vectors.width());
+            let plane = Plane::new(value.dims(), None);
+            return Weight::stored(fit_vectors((&plane, form), (value.dtype(), value.dims()), &value.f64s()?, &[])?);
+        }
         Storage::Affine(affine) => (Scheme::Uniform, affine.codes()),
         Storage::Codebook(codebook) => (Scheme::Table, codebook.codes()),
     };
@@ -106,6 +113,10 @@ pub(crate) fn fit_like(
 ) -> Option<Weight> {
     let (dtype, dims) = (template.value().dtype(), template.value().dims());
     let values = linear.elements(matrices);
+    if let Storage::Vectors(vectors) = template.storage() {
+        let form = (vectors.codes().bits(), vectors.width());
+        return Weight::stored(fit_vectors((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?);
+    }
     let Some(codes) = template.storage().codes() else { return template.fit(dims, &values) };
     let form = (Scheme::of(template.storage())?, codes.bits(), codes.tile());
     let fitted = fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?;
@@ -143,7 +154,7 @@ pub const WIDTHS: [u32; 5] = [1, 2, 3, 4, 8];
 impl Scheme {
     fn of(storage: &Storage) -> Option<Self> {
         match storage {
-            Storage::Dense | Storage::Half => None,
+            Storage::Dense | Storage::Half | Storage::Vectors(_) => None,
             Storage::Affine(_) => Some(Self::Uniform),
             Storage::Codebook(_) => Some(Self::Table),
         }

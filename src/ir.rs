@@ -19,6 +19,7 @@ mod inline;
 mod op;
 mod storage;
 pub mod tensor;
+mod vectors;
 mod weight;
 
 use std::collections::{BTreeMap, BinaryHeap, HashSet};
@@ -34,6 +35,7 @@ pub use self::{
     op::{Body, Op},
     storage::{Affine, Codebook, Codes, Storage},
     tensor::{DType, Tensor, TensorError},
+    vectors::Vectors,
     weight::{Const, Weight},
 };
 pub(crate) use self::{edit::fresh, weight::Origin};

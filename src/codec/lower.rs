@@ -7,7 +7,7 @@ use prost::Message;
 use super::Model;
 use crate::{
     coding::{Form, Scheme, Tiling},
-    ir::{Affine, Codebook, Codes, DType, Graph, Inlet, Kind, NodeId, Op, Outlet, Storage, Tensor, Weight},
+    ir::{Affine, Codebook, Codes, DType, Graph, Inlet, Kind, NodeId, Op, Outlet, Storage, Tensor, Vectors, Weight},
 };
 
 /// What is to run the file.
@@ -127,6 +127,7 @@ impl Spelling<'_> {
             }
             Storage::Affine(affine) => self.dequantized(id, affine).or_else(|| self.product(id, affine, to)),
             Storage::Codebook(codebook) => self.table(id, codebook),
+            Storage::Vectors(vectors) => self.vectors(id, vectors, weight.value().dims()),
         }
     }
 
@@ -349,6 +350,21 @@ impl Spelling<'_> {
         let places = self.cast(id, whole, DType::Int32);
         let tables = self.part(id, "table", tables.reshape(&of(entries).0)?);
         self.finish(id, Op::new("GatherElements").with_int("axis", axis), &[tables, places], (&shape, &dims));
+        Some(())
+    }
+
+    /// `Gather` of the rows of a table, turned where they stand below each other.
+    fn vectors(&mut self, id: NodeId, vectors: &Vectors, dims: &[usize]) -> Option<()> {
+        let codes = vectors.codes();
+        let whole = self.integers(id, (&codes.bytes()[..], codes.bits(), DType::Uint8), codes.dims())?;
+        let places = self.cast(id, whole, DType::Int32);
+        let table = self.part(id, "table", vectors.table().clone());
+        let mut value = self.step(id, Op::new("Gather").with_int("axis", 0), &[table, places]);
+        if vectors.is_turned() {
+            value = self.step(id, Op::new("Transpose").with_ints("perm", &[0, 2, 1]), &[value]);
+        }
+        let shape = self.shape(id, dims);
+        self.graph.unsettle(id, Op::new("Reshape"), &[value, shape]);
         Some(())
     }
 

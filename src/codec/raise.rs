@@ -8,7 +8,9 @@ use super::{
 };
 use crate::{
     eval,
-    ir::{Affine, Codebook, Codes, DType, Graph, NodeId, Op, Outlet, Storage, Tensor, Weight, tensor::is_float},
+    ir::{
+        Affine, Codebook, Codes, DType, Graph, NodeId, Op, Outlet, Storage, Tensor, Vectors, Weight, tensor::is_float,
+    },
 };
 
 /// Tables of more entries are no codebooks.
@@ -103,7 +105,12 @@ fn recognised(graph: &Graph, node: NodeId) -> Option<Weight> {
         }
         "Gather" if op.int("axis").unwrap_or(0) == 0 => {
             let places = Integers::of(graph, operand(1)?)?;
-            let table = table(graph, operand(0)?).filter(|table| table.dims().len() == 1)?;
+            let table = table(graph, operand(0)?)?;
+            if let ([_, width], [rows, columns]) = (table.dims(), places.dims()) {
+                let (dims, codes) = ([*rows, *columns, *width], places.codes(&[], false)?);
+                return Weight::stored(Storage::Vectors(Vectors::new(codes, table.clone(), &dims, false)?));
+            }
+            (table.dims().len() == 1).then_some(())?;
             let dims: Vec<_> = places.dims().iter().map(|_| 1).chain([table.len()]).collect();
             let codes = places.codes(&[], false)?;
             Weight::stored(Storage::Codebook(Codebook::new(codes, table.reshape(&dims)?)?))

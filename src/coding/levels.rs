@@ -43,7 +43,7 @@ impl Levels {
     /// Those of a weight, if it is made of codes.
     pub(super) fn of(storage: &Storage) -> Option<Self> {
         match storage {
-            Storage::Dense | Storage::Half => None,
+            Storage::Dense | Storage::Half | Storage::Vectors(_) => None,
             Storage::Affine(affine) => {
                 let zeros = affine.zeros().and_then(Tensor::i64s);
                 let zeros = zeros.map(|zeros| zeros.into_iter().map(|zero| zero as f64).collect());

@@ -60,6 +60,15 @@ impl Plane {
         Some(tile)
     }
 
+    /// Whether the columns of the weight are rows of W; `None` where neither these nor its rows are.
+    pub(super) fn is_turned(&self) -> Option<bool> {
+        match &self.linear {
+            Some(linear) if linear.output_axis() == 0 || linear.is_recurrent() => Some(false),
+            Some(_) => (self.dims.len() == 2).then_some(true),
+            None => Some(false),
+        }
+    }
+
     /// The elements of the weight as matrices W, o×d, one for each group.
     #[must_use]
     pub fn matrices(&self, values: &[f64]) -> Vec<DMatrix<f64>> {

@@ -5,7 +5,10 @@ use std::ops::Range;
 use bytes::Bytes;
 use half::f16;
 
-use super::tensor::{DType, Tensor, strides};
+use super::{
+    Vectors,
+    tensor::{DType, Tensor, strides},
+};
 
 /// Integers of few bits, one for each element of a weight, and the tiles of it that share a scale or a table.
 #[derive(Clone, Debug)]
@@ -101,7 +104,7 @@ impl Codes {
     }
 
     /// The slices `indices` along `axis`, and the tiles along it that what they stand for is taken from.
-    fn select(&self, axis: usize, indices: &[usize]) -> Option<(Self, Vec<usize>)> {
+    pub(super) fn select(&self, axis: usize, indices: &[usize]) -> Option<(Self, Vec<usize>)> {
         let bytes = self.as_tensor().select(axis, indices)?.bytes();
         let (mut dims, mut tile) = (self.dims.clone(), self.tile.clone());
         let (extent, old) = (dims[axis], tile[axis]);
@@ -118,7 +121,7 @@ impl Codes {
         Some((Self::new(&dims, self.bits, &tile, bytes)?, taken))
     }
 
-    fn permute(&self, perm: &[usize]) -> Option<Self> {
+    pub(super) fn permute(&self, perm: &[usize]) -> Option<Self> {
         let bytes = self.as_tensor().permute(perm)?.bytes();
         let along = |extents: &[usize]| perm.iter().map(|&axis| extents[axis]).collect::<Vec<_>>();
         Self::new(&along(&self.dims), self.bits, &along(&self.tile), bytes)
@@ -372,6 +375,8 @@ pub enum Storage {
     Affine(Affine),
     /// Integers and tables.
     Codebook(Codebook),
+    /// Integers and a table of vectors.
+    Vectors(Vectors),
 }
 
 impl Storage {
@@ -381,14 +386,15 @@ impl Storage {
             Self::Dense | Self::Half => None,
             Self::Affine(affine) => affine.decode(),
             Self::Codebook(codebook) => codebook.decode(),
+            Self::Vectors(vectors) => vectors.decode(),
         }
     }
 
-    /// The codes, if there are any.
+    /// The codes of elements, if there are any.
     #[must_use]
     pub fn codes(&self) -> Option<&Codes> {
         match self {
-            Self::Dense | Self::Half => None,
+            Self::Dense | Self::Half | Self::Vectors(_) => None,
             Self::Affine(affine) => Some(&affine.codes),
             Self::Codebook(codebook) => Some(&codebook.codes),
         }
@@ -412,6 +418,7 @@ impl Storage {
                 packed(codes) + scales.byte_len() + zeros.as_ref().map_or(0, Tensor::len)
             }
             Self::Codebook(codebook) => packed(&codebook.codes) + codebook.tables.byte_len(),
+            Self::Vectors(vectors) => packed(vectors.codes()) + vectors.table().byte_len(),
         }
     }
 
@@ -419,6 +426,7 @@ impl Storage {
     pub(super) fn select(&self, axis: usize, indices: &[usize]) -> Option<Self> {
         Some(match self {
             Self::Dense | Self::Half => self.clone(),
+            Self::Vectors(vectors) => Self::Vectors(vectors.select(axis, indices)?),
             Self::Affine(affine) => {
                 let (codes, taken) = affine.codes.select(axis, indices)?;
                 let zeros = match &affine.zeros {
@@ -438,6 +446,7 @@ impl Storage {
     pub(super) fn permute(&self, perm: &[usize]) -> Option<Self> {
         Some(match self {
             Self::Dense | Self::Half => self.clone(),
+            Self::Vectors(vectors) => Self::Vectors(vectors.permute(perm)?),
             Self::Affine(affine) => {
                 let zeros = match &affine.zeros {
                     Some(zeros) => Some(zeros.permute(perm)?),
@@ -457,6 +466,7 @@ impl Storage {
     pub(super) fn reshape(&self, dims: &[usize]) -> Option<Self> {
         Some(match self {
             Self::Dense | Self::Half => self.clone(),
+            Self::Vectors(vectors) => Self::Vectors(vectors.reshape(dims)?),
             Self::Affine(affine) => {
                 let codes = affine.codes.reshape(dims)?;
                 let grid = codes.grid();

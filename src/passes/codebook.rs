@@ -28,8 +28,12 @@ pub(super) struct Codebook {
     #[arg(long, value_enum, default_value_t = Bits::Auto)]
     bits: Bits,
     /// What shares a table.
-    #[arg(long, value_enum, default_value_t = Tables::Tensor)]
+    #[arg(long, value_enum, default_value_t = Tables::Tensor, conflicts_with = "vector")]
     tables: Tables,
+    /// How many weights side by side have one index, into a table of vectors (Gong 2014; Wu 2016; GPTVQ, van Baalen 2024): `bits=8:vector=4` takes
+    /// two bits for each weight. It is to divide how many weights make one output channel.
+    #[arg(long, value_parser = super::positive)]
+    vector: Option<usize>,
 }
 
 /// The widths of indices.
@@ -64,7 +68,6 @@ impl Declare for Codebook {
 
 impl Codebook {
     fn ways(&self) -> Vec<Way> {
-        let form = |bits, tiling| Way::Codes(Form { scheme: Scheme::Table, bits, tiling });
         let bits: &[u32] = match self.bits {
             Bits::Eight => &[8],
             Bits::Four => &[4],
@@ -78,7 +81,11 @@ impl Codebook {
             Tables::Rows => Tiling::Rows,
         };
         let exact = (self.bits == Bits::Auto).then_some(Way::Exact);
-        exact.into_iter().chain(bits.iter().map(|&bits| form(bits, tiling))).collect()
+        let way = |&bits: &u32| match self.vector {
+            Some(width) if width > 1 => Way::Vectors(bits, width),
+            _ => Way::Codes(Form { scheme: Scheme::Table, bits, tiling }),
+        };
+        exact.into_iter().chain(bits.iter().map(way)).collect()
     }
 }
 

@@ -184,7 +184,7 @@ impl Storing {
         let site = &choices.site;
         let before = graph.constant(site.weight).cloned();
         site.store(graph, coded, self.name);
-        if let (true, true, Some(before)) = (outermost, coded.weight.storage().codes().is_some(), before) {
+        if let (true, true, Some(before)) = (outermost, !matches!(coded.weight.storage(), Storage::Half), before) {
             cx.kept.code(graph.name(site.weight).to_owned(), before);
         }
         cx.predicted += choices.menu.minded(candidate.error) * site.readers as f64;

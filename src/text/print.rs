@@ -297,6 +297,9 @@ fn form(storage: &Storage) -> Option<String> {
     let kind = match storage {
         Storage::Dense => return None,
         Storage::Half => return Some("half".to_owned()),
+        Storage::Vectors(vectors) => {
+            return Some(format!("codebook{}[{} at once]", vectors.codes().bits(), vectors.width()));
+        }
         Storage::Affine(_) => "affine",
         Storage::Codebook(_) => "codebook",
     };

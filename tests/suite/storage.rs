@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use onnx_shrink::{
     codec::{Model, Runtime},
     eval,
-    ir::{Affine, Codebook, Codes, DType, Graph, Kind, Storage, Tensor, Weight},
+    ir::{Affine, Codebook, Codes, DType, Graph, Kind, Storage, Tensor, Vectors, Weight},
     pass::{Context, Price},
     pipeline,
     shrink::{Job, shrink},
@@ -188,6 +188,43 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, rng_seed: RngSeed::Fixed(6), ..ProptestConfig::default() })]
+
+    #[test]
+    fn vectors_are_read_back_bit_for_bit(
+        (rows, columns, width) in (1_usize..7, 1_usize..7, 1_usize..5),
+        (bits, turned, opset) in (0_usize..5, any::<bool>(), 0_usize..2),
+        seed in any::<u64>(),
+    ) {
+        let (bits, opset) = ([1, 2, 3, 4, 8][bits], [11, 21][opset]);
+        let dims = if turned { vec![rows * width, columns] } else { vec![rows, columns * width] };
+        let case = Case { dims, tile: vec![1, 1], dtype: DType::Float, bits, is_table: true, is_signed: false, has_zeros: false,
+            opset, is_generic: false, is_multiplied: false, seed };
+        let bytes: Vec<u8> = case.numbers(rows * columns, 1 << bits).map(|code| code as u8).collect();
+        let codes = Codes::new(&[rows, columns], bits, &[rows, columns], bytes.into()).unwrap();
+        let table: Vec<f64> = case.numbers(width << bits, 1000).map(|n| n as f64 / 512.0 - 0.9).collect();
+        let table = Tensor::floats(DType::Float, &[1 << bits, width], &table).unwrap();
+        let form = Vectors::new(codes, table, &case.dims, turned).unwrap();
+        let weight = Weight::stored(Storage::Vectors(form)).unwrap();
+        let mut model = case.model().unwrap();
+        let value = model.graph.values()["w"];
+        model.graph.set_weight(value, weight.clone());
+        let mut file = Model::decode(model.encode().into(), None).unwrap();
+        prop_assert!(evaluated(&file.graph)["w"].same(weight.value()), "evaluated op by op");
+        file.raise();
+        let raised = self::weight(&file, "w");
+        prop_assert!(raised.value().same(weight.value()) && raised.is_stored());
+        let along = usize::from(turned);
+        for moved in [raised.permute(&[1, 0]), raised.select(along, &[0]), raised.reshape(&[case.dims[0], 1, case.dims[1]])] {
+            let moved = moved.unwrap();
+            prop_assert!(moved.is_stored());
+            prop_assert!(Weight::stored(moved.storage().clone()).unwrap().value().same(moved.value()));
+        }
+        prop_assert!(raised.permute(&[1, 0]).unwrap().value().same(&weight.value().permute(&[1, 0]).unwrap()));
+    }
+}
+
 /// A weight of a few values, half of them negative.
 fn coded(bits: u32, tile: &[usize]) -> Weight {
     let case = Case {
@@ -278,6 +315,7 @@ fn a_stored_model_is_as_small_as_predicted_and_a_second_run_changes_nothing() {
         "quantize:bits=4",
         "codebook:bits=3",
         "quantize:bits=2:block=28",
+        "codebook:bits=4:vector=4",
         "prune:ratio=0.5,svd:rank=16,quantize:bits=8",
     ] {
         for runtime in [Runtime::Onnxruntime, Runtime::Generic] {

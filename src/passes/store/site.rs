@@ -23,6 +23,8 @@ pub(in crate::passes) enum Way {
     Exact,
     /// As codes.
     Codes(Form),
+    /// As codes of this many bits, each for this many elements.
+    Vectors(u32, usize),
 }
 
 impl Way {
@@ -39,6 +41,7 @@ impl Way {
         match self {
             Self::Half => "weights in half precision",
             Self::Exact => "weights that are tables of their values",
+            Self::Vectors(..) => "weights that are tables of vectors",
             Self::Codes(Form { bits: 8, .. }) => "weights in 8 bits",
             Self::Codes(Form { bits: 4, .. }) => "weights in 4 bits",
             Self::Codes(Form { bits: 3, .. }) => "weights in 3 bits",
@@ -168,6 +171,10 @@ impl Site {
                 let form = (form.scheme, form.bits, &tile[..]);
                 let storage = coding::fit((&self.plane, form), (tensor.dtype(), tensor.dims()), &values, &metrics)?;
                 Weight::stored(storage)?
+            }
+            Way::Vectors(bits, width) => {
+                let form = (&self.plane, (bits, width));
+                Weight::stored(coding::fit_vectors(form, (tensor.dtype(), tensor.dims()), &values, &metrics)?)?
             }
         };
         let bytes = spelled_bytes(graph, self.weight, &weight)? as f64;
