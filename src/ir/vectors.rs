@@ -66,7 +66,9 @@ impl Vectors {
         if self.turned {
             for row in self.codes.bytes().chunks(columns.max(1)) {
                 for place in 0..width {
-                    row.iter().for_each(|&code| bytes.extend_from_slice(element(code, place)));
+                    for &code in row {
+                        bytes.extend_from_slice(element(code, place));
+                    }
                 }
             }
         } else {
