@@ -1,0 +1,145 @@
+//! When a weight is spelled as a `DequantizeLinear`, and how.
+
+use super::{Runtime, SHIFTS};
+use crate::{
+    codec::Model,
+    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor, Weight},
+};
+
+/// The version from which on operators are there: `DequantizeLinear`, that of axes, of half precision and
+/// of blocks, and their integers of few bits.
+const DEQUANTIZES: i64 = 10;
+const DEQUANTIZES_AXES: i64 = 13;
+const DEQUANTIZES_HALVES: i64 = 19;
+const DEQUANTIZES_BLOCKS: i64 = 21;
+const INT4: (i64, i64) = (21, 10);
+const INT2: (i64, i64) = (25, 13);
+/// How a `DequantizeLinear` makes a weight.
+pub(super) struct Dequantized {
+    /// The type of its codes.
+    pub(super) dtype: DType,
+    /// The shape of its scales.
+    pub(super) shape: Vec<usize>,
+    /// The axis along which there are several scales, and how many elements each is for.
+    pub(super) axis: Option<(usize, usize)>,
+}
+
+impl Dequantized {
+    /// That of the constant at `id`, if that is how it is best spelled.
+    pub(super) fn of(
+        graph: &Graph,
+        id: NodeId,
+        affine: &Affine,
+        (runtime, ir_version): (Runtime, i64),
+    ) -> Option<Self> {
+        let (codes, opset) = (affine.codes(), graph.opset());
+        let is_product = runtime == Runtime::Onnxruntime && affine.is_multiplied_by() && is_multiplied_by(graph, id);
+        (runtime == Runtime::Generic || is_product || is_between_codes(graph, id)).then_some(())?;
+        let has = |(least, version): (i64, i64)| opset >= least && ir_version >= version;
+        let dtype = match (codes.bits(), affine.is_signed()) {
+            (8, true) => DType::Int8,
+            (8, false) => DType::Uint8,
+            (4, is_signed) if has(INT4) => {
+                if is_signed {
+                    DType::Int4
+                } else {
+                    DType::Uint4
+                }
+            }
+            (2, is_signed) if has(INT2) => {
+                if is_signed {
+                    DType::Int2
+                } else {
+                    DType::Uint2
+                }
+            }
+            (2 | 4, _) if is_product && opset >= SHIFTS => DType::Uint8,
+            _ => return None,
+        };
+        (affine.scales().dtype() == DType::Float || opset >= DEQUANTIZES_HALVES).then_some(())?;
+        let (dims, tile, grid) = (codes.dims(), codes.tile(), codes.grid());
+        let cut: Vec<usize> = (0..dims.len()).filter(|&axis| grid[axis] > 1).collect();
+        let is_single = |axis: usize| tile[axis] == 1;
+        let (least, shape, axis) = match cut[..] {
+            [] => (DEQUANTIZES, Vec::new(), None),
+            [axis] if is_single(axis) => (DEQUANTIZES_AXES, vec![grid[axis]], Some((axis, 1))),
+            _ => {
+                let axis = (0..dims.len()).find(|&axis| !is_single(axis))?;
+                (0..dims.len()).all(|other| other == axis || is_single(other)).then_some(())?;
+                (DEQUANTIZES_BLOCKS, grid.clone(), Some((axis, tile[axis])))
+            }
+        };
+        (opset >= least).then_some(())?;
+        // Of other products, onnxruntime makes floats each time anew.
+        let is_fused = || match axis {
+            Some((1, 1)) => true,
+            Some((0, block)) => {
+                block >= FUSED_BLOCK && block.is_power_of_two() && affine.scales().dtype() == DType::Float
+            }
+            _ => false,
+        };
+        (!is_product || runtime == Runtime::Generic || is_between_codes(graph, id) || is_fused()).then_some(())?;
+        Some(Self { dtype, shape, axis })
+    }
+}
+
+/// The least number of rows that onnxruntime multiplies by codes of one scale.
+const FUSED_BLOCK: usize = 16;
+/// What the name of a bias that is subtracted ends in.
+pub(in crate::codec) const NEGATED: &str = "negated";
+
+/// Whether something multiplies the constant at `id` with what a `DequantizeLinear` makes: kernels of integers look for one before both.
+fn is_between_codes(graph: &Graph, id: NodeId) -> bool {
+    graph.uses(id.out()).into_iter().any(|(node, _)| {
+        let read = graph.operand(node, 0).filter(|&value| value != id.out());
+        read.is_some_and(|value| graph.op_of(value.node, "DequantizeLinear").is_some())
+    })
+}
+
+/// Whether all that read the matrix at `id` are a `MatMul` by it.
+fn is_multiplied_by(graph: &Graph, id: NodeId) -> bool {
+    let is_product = |&(node, inlet): &(NodeId, Inlet)| {
+        graph.op_of(node, "MatMul").is_some()
+            && inlet == Inlet::Slot(1)
+            && graph.constant(id.out()).is_some_and(|tensor| tensor.dims().len() == 2)
+    };
+    let uses = graph.uses(id.out());
+    !uses.is_empty() && uses.iter().all(is_product) && !graph.is_output(id.out())
+}
+
+/// Whether onnxruntime multiplies by the codes of the weight at `id` of a model, rounding what it multiplies to eight bits.
+pub(crate) fn is_multiplied_by_codes(model: &Model, graph: &Graph, id: NodeId) -> bool {
+    let Some(Storage::Affine(affine)) = graph.weight(id.out()).map(Weight::storage) else { return false };
+    model.runtime == Runtime::Onnxruntime
+        && affine.is_multiplied_by()
+        && is_multiplied_by(graph, id)
+        && Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).is_some()
+}
+
+/// The `Add` of a constant to what `product` makes and that constant, where an activation alone reads the sum.
+pub(super) fn sum_before_activation(graph: &Graph, product: NodeId) -> Option<(NodeId, Outlet)> {
+    const FUSED: &[&str] = &[
+        "Elu",
+        "HardSigmoid",
+        "LeakyRelu",
+        "Relu",
+        "Selu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Tanh",
+        "ThresholdedRelu",
+    ];
+    let (add, slot) = graph.sole_use(product.out())?;
+    graph.op_of(add, "Add")?;
+    let (activation, _) = graph.sole_use(add.out())?;
+    let kind = graph.op(activation)?.standard()?;
+    let bias = graph.operand(add, 1 - slot).filter(|_| FUSED.contains(&kind))?;
+    graph.weight(bias).filter(|weight| !weight.is_stored()).map(|_| (add, bias))
+}
+
+/// −x of each element.
+pub(in crate::codec) fn negated(tensor: &Tensor) -> Option<Tensor> {
+    let values: Vec<f64> = tensor.f64s()?.into_iter().map(|value| -value).collect();
+    Tensor::floats(tensor.dtype(), tensor.dims(), &values)
+}
