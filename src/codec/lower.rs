@@ -113,6 +113,7 @@ impl Spelling<'_> {
         if let Some(spelling) = weight.spelling() {
             return self.as_before(id, spelling);
         }
+        (self.graph.opset() >= BROADCASTS).then_some(())?;
         let to = weight.value().dtype();
         match weight.storage() {
             Storage::Dense => None,

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use crate::{
     analysis::shapes::{Fact, Shapes},
-    ir::{Graph, Kind, NodeId, Outlet},
+    ir::{DType, Graph, Kind, NodeId, Outlet},
     pass::{Context, Declare, Fidelity, Pass, everywhere, everywhere_shaped},
 };
 
 /// Merge equal constants, operators that compute the same from the same inputs, and shapes that are known to be equal.
 ///
-/// Constants are equal when type, shape and every bit agree. Operators that draw random numbers are left alone.
+/// Constants are equal when type, shape and every bit agree; those of eight bits that kernels of integers read are left alone. Operators that draw random numbers are left alone.
 ///
 /// Fidelity: exact.
 #[derive(Debug, clap::Parser)]
@@ -63,7 +63,7 @@ fn merge_constants(graph: &mut Graph) -> usize {
     let mut merged = 0;
     for id in graph.order() {
         let Kind::Const(_) = graph.kind(id) else { continue };
-        let Some(tensor) = graph.constant(id.out()) else { continue };
+        let Some(tensor) = graph.constant(id.out()).filter(|_| !is_of_codes(graph, id)) else { continue };
         let equal = seen.entry(tensor.sketch()).or_default();
         let twin = equal.iter().find(|&&twin| graph.constant(twin.out()).is_some_and(|t| t.same(tensor)));
         match twin.copied() {
@@ -76,6 +76,16 @@ fn merge_constants(graph: &mut Graph) -> usize {
         }
     }
     merged
+}
+
+/// Whether kernels of integers read the constant at `id`: onnxruntime writes others in the place of some, and fails where they are shared.
+fn is_of_codes(graph: &Graph, id: NodeId) -> bool {
+    let is_code = graph
+        .constant(id.out())
+        .is_some_and(|tensor| matches!(tensor.dtype(), DType::Int8 | DType::Uint8 | DType::Int4 | DType::Uint4));
+    let reads_codes = |kind: &str| kind.ends_with("Linear") || kind.ends_with("Integer") || kind.starts_with("QLinear");
+    let uses = graph.uses(id.out());
+    is_code && uses.iter().any(|(node, _)| graph.op(*node).is_some_and(|op| reads_codes(op.op_type())))
 }
 
 /// What makes two operators compute the same: type, domain, attributes, operands, number of results.

@@ -102,7 +102,7 @@ impl Storing {
             let free = || choices.menu.candidates.iter().find(|candidate| candidate.error == 0.0).copied();
             let coded = chosen.or_else(free).and_then(|candidate| Some((candidate, choices.coded(candidate.form)?)));
             let Some((candidate, coded)) = coded else {
-                cx.decline(&choices.site.name, &self.reason(choices, cx));
+                cx.decline(&choices.site.name, &self.reason(choices, graph.opset(), cx));
                 continue;
             };
             self.apply(graph, choices, (candidate, coded), cx, outermost);
@@ -154,10 +154,10 @@ impl Storing {
     }
 
     /// Why a weight stays as it is.
-    fn reason(&self, choices: &Choices, cx: &Context) -> String {
+    fn reason(&self, choices: &Choices, opset: i64, cx: &Context) -> String {
         let menu = &choices.menu;
         if choices.coded.iter().all(|coded| coded.is_none()) {
-            return Way::why_not(&self.ways);
+            return Way::why_not(&self.ways, opset);
         }
         let slope = |candidate: &Candidate<Way>| menu.minded(candidate.error) / (menu.whole - candidate.cost);
         let Some(best) = menu.candidates.iter().min_by(|a, b| slope(a).total_cmp(&slope(b))) else {

@@ -3,7 +3,7 @@
 use super::{Runtime, SHIFTS};
 use crate::{
     codec::Model,
-    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor, Weight},
+    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor},
 };
 
 /// The version from which on operators are there: `DequantizeLinear`, that of axes, of half precision and
@@ -107,12 +107,15 @@ fn is_multiplied_by(graph: &Graph, id: NodeId) -> bool {
     !uses.is_empty() && uses.iter().all(is_product) && !graph.is_output(id.out())
 }
 
-/// Whether onnxruntime multiplies by the codes of the weight at `id` of a model, rounding what it multiplies to eight bits.
+/// Whether onnxruntime multiplies by the codes of the weight at `id` of a model, and rounds what it multiplies to eight bits where the
+/// file that was read does not: what is left as it was is run as it was.
 pub(crate) fn is_multiplied_by_codes(model: &Model, graph: &Graph, id: NodeId) -> bool {
-    let Some(Storage::Affine(affine)) = graph.weight(id.out()).map(Weight::storage) else { return false };
+    let Some(weight) = graph.weight(id.out()).filter(|weight| weight.spelling().is_none()) else { return false };
+    let Storage::Affine(affine) = weight.storage() else { return false };
     model.runtime == Runtime::Onnxruntime
         && affine.is_multiplied_by()
         && is_multiplied_by(graph, id)
+        && !is_between_codes(graph, id)
         && Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).is_some()
 }
 

@@ -28,11 +28,18 @@ pub(in crate::passes) enum Way {
 }
 
 impl Way {
-    /// Why a weight can be stored in none of some ways.
-    pub(super) fn why_not(ways: &[Self]) -> String {
-        match ways {
-            [Self::Half] => "holds values beyond what half precision does, or is no wider".to_owned(),
-            _ => "can't be cut in such blocks, or the operator set lacks what it would be made of".to_owned(),
+    /// Why a weight of a graph over this operator set can be stored in none of some ways.
+    pub(super) fn why_not(ways: &[Self], opset: i64) -> String {
+        let least = ways.iter().map(|way| match way {
+            Self::Codes(form) => least_opset(*form),
+            _ => 0,
+        });
+        match (ways, least.min()) {
+            ([Self::Half], _) => "holds values beyond what half precision does, or is no wider".to_owned(),
+            (_, Some(least)) if least > opset => {
+                format!("takes operators of set {least}, and the model imports {opset}; bits=8 may not")
+            }
+            _ => "can't be cut in such blocks or vectors".to_owned(),
         }
     }
 
