@@ -338,7 +338,8 @@ fn fit(graph: &mut Graph, target: &Target, kept: &Kept, walk: &Walk<'_>, keys: &
     let (linear, mut fitted) = (&target.linear, graph.clone());
     let bias = Bias::of(graph, linear);
     let stored = graph.weight(linear.weight)?;
-    let before = kept.before_coding(graph.name(linear.weight)).unwrap_or(stored.value());
+    let before = kept.before_coding(graph.name(linear.weight)).filter(|old| old.dims() == stored.value().dims());
+    let before = before.unwrap_or(stored.value());
     let old = match &target.chain {
         Some(chain) => chain.matrices(graph)?,
         None => linear.matrices(&before.f64s()?),
@@ -367,7 +368,7 @@ fn fit(graph: &mut Graph, target: &Target, kept: &Kept, walk: &Walk<'_>, keys: &
     let solved: Vec<_> = rows.x.par_iter().zip(&old).enumerate().map(of_group).collect();
     let (matrices, mut biases): (Vec<_>, Vec<_>) = solved.into_iter().unzip();
     is_sound(&matrices, &biases).then_some(())?;
-    let metrics: Vec<_> = systems.iter().map(System::metric).collect();
+    let metrics: Vec<_> = if stored.is_stored() { systems.iter().map(System::metric).collect() } else { Vec::new() };
     let weight = coding::fit_like(stored, linear, &matrices, &metrics)?;
     // What the codes lose of the mean of what is read, the bias makes up for.
     let made = linear.matrices(&weight.value().f64s()?);

@@ -138,8 +138,12 @@ impl Spelling<'_> {
             let operands: Vec<Option<Outlet>> =
                 spelling.operands(part).into_iter().map(|value| copies.get(&value?).copied()).collect();
             if part == last {
-                let operands: Vec<_> = operands.into_iter().flatten().collect();
-                self.graph.unsettle(id, spelling.op(part)?.clone(), &operands);
+                let (operands, op) = (operands.into_iter().flatten().collect::<Vec<_>>(), spelling.op(part)?.clone());
+                let is_dequantized = op.is("DequantizeLinear");
+                self.graph.unsettle(id, op, &operands);
+                if is_dequantized {
+                    self.keep_apart(id);
+                }
                 break;
             }
             let signature = |graph: &Graph, node: NodeId| graph.op(node).and_then(Op::signature);
@@ -164,7 +168,6 @@ impl Spelling<'_> {
             self.given.insert(name, copy);
             copies.insert(part.out(), copy);
         }
-        self.keep_apart(id);
         Some(())
     }
 

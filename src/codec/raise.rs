@@ -314,21 +314,26 @@ impl Integers {
 
     /// The codes of tiles of the extents of `tile`, all of one if there are none; `None` where one takes more bits.
     fn codes(&self, tile: &[usize], is_signed: bool) -> Option<Codes> {
-        let bytes: Vec<u8> = match self.tensor.dtype() {
-            DType::Int8 | DType::Uint8 => self.tensor.bytes().to_vec(),
-            _ => {
-                let byte = |value: i64| u8::try_from(value).ok().or_else(|| i8::try_from(value).ok().map(|v| v as u8));
-                self.values().into_iter().map(byte).collect::<Option<_>>()?
-            }
-        };
         let (low, high) = if is_signed {
             (-(1_i64 << (self.bits - 1)), (1_i64 << (self.bits - 1)) - 1)
         } else {
             (0, (1 << self.bits) - 1)
         };
-        self.values().iter().all(|value| (low..=high).contains(value)).then_some(())?;
+        let fits = |value: i64| (low..=high).contains(&value);
+        let bytes = match self.tensor.dtype() {
+            DType::Int8 => {
+                Some(self.tensor.bytes()).filter(|bytes| bytes.iter().all(|&byte| fits(i64::from(byte as i8))))?
+            }
+            DType::Uint8 => {
+                Some(self.tensor.bytes()).filter(|bytes| bytes.iter().all(|&byte| fits(i64::from(byte))))?
+            }
+            _ => {
+                let byte = |value: i64| fits(value).then_some(value as u8);
+                self.values().into_iter().map(byte).collect::<Option<Vec<u8>>>()?.into()
+            }
+        };
         let tile = if tile.is_empty() { self.dims() } else { tile };
         let most = 1 << self.bits;
-        (most <= MOST_ENTRIES).then(|| Codes::new(self.dims(), self.bits, tile, bytes.into()))?
+        (most <= MOST_ENTRIES).then(|| Codes::new(self.dims(), self.bits, tile, bytes))?
     }
 }

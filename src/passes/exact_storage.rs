@@ -1,9 +1,11 @@
 //! See [`ExactStorage`].
 
+use ::half::f16;
+
 use crate::{
     codec::spelled_bytes,
     coding::exact_table,
-    ir::{Graph, Kind, Outlet, Weight},
+    ir::{Graph, Kind, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere},
 };
 
@@ -56,8 +58,17 @@ fn stored(graph: &Graph, value: Outlet) -> Option<Weight> {
     let is_float = crate::ir::tensor::is_float(tensor.dtype());
     (is_float && tensor.byte_len() >= FEWEST_BYTES && !graph.is_pinned(value) && !graph.is_output(value))
         .then_some(())?;
-    let ways = [exact_table(tensor), Weight::half(tensor.clone())];
+    let half = if may_be_halves(tensor) { Weight::half(tensor.clone()) } else { None };
+    let ways = [exact_table(tensor), half];
     let cost = |weight: Weight| Some((spelled_bytes(graph, value, &weight)?, weight));
     let (bytes, weight) = ways.into_iter().flatten().filter_map(cost).min_by_key(|(bytes, _)| *bytes)?;
     ((bytes as f64) < tensor.stored_len() as f64 * WORTH).then_some(weight)
+}
+
+/// Whether half precision holds some of the elements, where they are looked at cheaply: of most weights it does not.
+fn may_be_halves(tensor: &Tensor) -> bool {
+    const LOOKED_AT: usize = 64;
+    let step = (tensor.len() / LOOKED_AT).max(1);
+    let some = tensor.floats_at((0..tensor.len()).step_by(step));
+    some.is_none_or(|some| some.iter().all(|&value| f64::from(f16::from_f64(value)) == value))
 }

@@ -51,8 +51,8 @@ impl Bench {
         if !self.calibrated.is_empty() {
             self.calibration(&program)?;
         }
-        self.factorization(&program)?;
-        self.coding(&program)
+        self.coding(&program)?;
+        self.factorization(&program)
     }
 
     /// The time of storing the weight of a `MatMul` of noise in four bits, over samples whose elements vary together.
@@ -76,10 +76,17 @@ impl Bench {
         let made = Command::new(&self.python).args(["-c", &script]).arg(&data).status()?;
         ensure!(made.success(), "numpy can't be run");
         for passes in ["quantize:bits=4", "codebook:bits=4"] {
-            let mut command = Command::new(program);
-            let command = command.arg(&path).arg(&out).args(["--passes", passes, "--max-error", "2", "-q", "--data"]);
-            let (time, peak) = measure(command.arg(&data))?;
-            println!("| {passes} | {:.1} | {:.0} |", time.as_secs_f64(), peak as f64 / 1e6);
+            for has_samples in [true, false] {
+                let mut command = Command::new(program);
+                let command = command.arg(&path).arg(&out).args(["--passes", passes, "-q"]);
+                let (time, peak) = if has_samples {
+                    measure(command.args(["--max-error", "2", "--data"]).arg(&data))?
+                } else {
+                    measure(command.arg("--no-verify"))?
+                };
+                let how = if has_samples { "512 samples, verified" } else { "no samples, not verified" };
+                println!("| {passes}, {how} | {:.1} | {:.0} |", time.as_secs_f64(), peak as f64 / 1e6);
+            }
         }
         fs::remove_dir_all(&folder)?;
         Ok(())
