@@ -59,7 +59,7 @@ impl Bench {
     fn coding(&self, program: &Path) -> anyhow::Result<()> {
         const SIZE: usize = 4096;
         println!(
-            "\n| a MatMul of {SIZE} x {SIZE}, 512 samples, a whole run | s | anonymous memory, MB |\n|---|---|---|"
+            "\n| a MatMul of {SIZE} x {SIZE}, a whole run | s | anonymous memory, MB |\n|---|---|---|"
         );
         let folder = std::env::temp_dir().join(format!("onnx-shrink-bench-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
