@@ -31,9 +31,6 @@ pub(super) struct Storing {
     pub(super) is_fixed: bool,
 }
 
-/// The error that is predicted, relative and squared, from which on layers are fitted anew.
-const TELLING: f64 = 1e-4;
-
 /// What a weight may become.
 struct Choices {
     site: Site,
@@ -80,8 +77,6 @@ impl Storing {
         if stored > 0 {
             cx.add("weights seen", seen);
         }
-        // What makes almost no error is not worth the time.
-        cx.refit |= cx.predicted > TELLING && !cx.moments.is_empty();
     }
 
     fn run(&self, graph: &mut Graph, cx: &mut Context, outermost: bool, counts: &mut (&mut usize, &mut usize)) {
@@ -185,6 +180,8 @@ impl Storing {
         let before = graph.constant(site.weight).cloned();
         site.store(graph, coded, self.name);
         if let (true, true, Some(before)) = (outermost, !matches!(coded.weight.storage(), Storage::Half), before) {
+            // What eight bits lose is noise that no fit to a few samples takes back.
+            cx.refit |= candidate.form.is_coarse() && !cx.moments.is_empty();
             cx.kept.code(graph.name(site.weight).to_owned(), before);
         }
         cx.predicted += choices.menu.minded(candidate.error) * site.readers as f64;

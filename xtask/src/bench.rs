@@ -58,9 +58,7 @@ impl Bench {
     /// The time of storing the weight of a `MatMul` of noise in four bits, over samples whose elements vary together.
     fn coding(&self, program: &Path) -> anyhow::Result<()> {
         const SIZE: usize = 4096;
-        println!(
-            "\n| a MatMul of {SIZE} x {SIZE}, a whole run | s | anonymous memory, MB |\n|---|---|---|"
-        );
+        println!("\n| a MatMul of {SIZE} x {SIZE}, a whole run | s | anonymous memory, MB |\n|---|---|---|");
         let folder = std::env::temp_dir().join(format!("onnx-shrink-bench-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
         let (path, data, out) = (folder.join("large.onnx"), folder.join("x.npz"), folder.join("out.onnx"));

@@ -43,6 +43,15 @@ impl Way {
         }
     }
 
+    /// Whether less than eight bits are left of each element.
+    pub(super) fn is_coarse(self) -> bool {
+        match self {
+            Self::Half | Self::Exact => false,
+            Self::Codes(form) => form.bits < 8,
+            Self::Vectors(..) => true,
+        }
+    }
+
     /// What is counted where a weight is stored so.
     pub(super) fn word(self) -> &'static str {
         match self {
