@@ -7,8 +7,8 @@ use std::{borrow::Cow, collections::BTreeMap};
 use prost::Message;
 
 pub(crate) use self::dequantized::is_multiplied_by_codes;
-use self::dequantized::{Dequantized, sum_before_activation};
-pub(super) use self::dequantized::{NEGATED, negated};
+pub(super) use self::dequantized::is_rectified_product;
+use self::dequantized::{Dequantized, Hidden, hidden};
 use super::Model;
 use crate::{
     coding::{Form, Scheme, Tiling},
@@ -272,16 +272,16 @@ impl Spelling<'_> {
         Some(())
     }
 
-    /// Has sums of the constant at `id` times something and a bias, before an activation, be written as differences: onnxruntime makes
-    /// one operator of a product, a sum and an activation, and then finds no product to multiply by codes.
+    /// Has rectifiers of products with the constant at `id` be written as the larger of these and zero, which hides no product.
     fn keep_apart(&mut self, id: NodeId) {
         for (product, _) in self.graph.uses(id.out()) {
-            let Some((add, bias)) = sum_before_activation(self.graph, product) else { continue };
-            let Some(negated) = self.graph.constant(bias).and_then(negated) else { continue };
-            let name = self.graph.name_after(bias, NEGATED);
-            let negated = self.graph.add_const(Weight::dense(negated), &name);
-            let sub = self.graph.op(add).map(|op| Op::new("Sub").in_place_of(op)).unwrap_or_default();
-            self.graph.replace_op(add, sub, &[product.out(), negated]);
+            let Some(Hidden::Rectified(relu)) = hidden(self.graph, product) else { continue };
+            let Some(read) = self.graph.operand(relu, 0) else { continue };
+            let dtype = self.graph.constant(id.out()).map_or(DType::Float, Tensor::dtype);
+            let Some(zero) = Tensor::floats(dtype, &[], &[0.0]) else { continue };
+            let zero = self.part(id, "zero", zero);
+            let max = self.graph.op(relu).map(|op| Op::new("Max").in_place_of(op)).unwrap_or_default();
+            self.graph.replace_op(relu, max, &[read, zero]);
         }
     }
 

@@ -2,10 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{
-    Model,
-    lower::{NEGATED, negated},
-};
+use super::{Model, lower::is_rectified_product};
 use crate::{
     eval,
     ir::{
@@ -72,17 +69,13 @@ fn raise(graph: &mut Graph, before: &Graph) {
     }
 }
 
-/// Makes a difference of a product with codes and a constant the sum that it was.
+/// Makes the larger of a product with codes and zero the rectifier that it was.
 fn put_together(graph: &mut Graph, node: NodeId) -> Option<()> {
-    let op = graph.op_of(node, "Sub")?.clone();
-    let (product, bias) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
-    let weight = graph.operand(product.node, 1).filter(|_| graph.op_of(product.node, "MatMul").is_some())?;
-    matches!(graph.weight(weight)?.storage(), Storage::Affine(_)).then_some(())?;
-    let sum = negated(graph.weight(bias).filter(|bias| !bias.is_stored())?.value())?;
-    let suffix = format!(".{NEGATED}");
-    let name = graph.name(bias).strip_suffix(&suffix).unwrap_or(graph.name(bias)).to_owned();
-    let sum = graph.add_const(Weight::dense(sum), &name);
-    graph.replace_op(node, Op::new("Add").in_place_of(&op), &[product, sum]);
+    let op = graph.op_of(node, "Max").filter(|op| op.arity == 2)?.clone();
+    let (read, zero) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let is_zero = graph.constant(zero).filter(|zero| zero.dims().is_empty())?.f64s()? == [0.0];
+    (is_zero && is_rectified_product(graph, read)).then_some(())?;
+    graph.replace_op(node, Op::new("Relu").in_place_of(&op), &[read]);
     Some(())
 }
 

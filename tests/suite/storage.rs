@@ -71,8 +71,8 @@ impl Case {
         let dtype = self.dtype.as_str_name().to_lowercase();
         let op = if self.dims.len() == 2 { "MatMul" } else { "Add" };
         let text = format!(
-            "<ir_version: 13, opset_import: [\"\": {}]>\ng ({dtype}[?] x) => ({dtype}[?] y)\n<{dtype}[{}] w = normal(1)>\n\
-             {{\n m = {op} (x, w)\n a = Add (m, m)\n y = Relu (a)\n}}\n",
+            "<ir_version: 13, opset_import: [\"\": {}]>\ng ({dtype}[?] x) => ({dtype}[?] y)\n<{dtype}[{}] w = normal(1), {dtype}[1] b = {{0.5}}>\n\
+             {{\n m = {op} (x, w)\n a = Add (m, b)\n y = Relu (a)\n}}\n",
             self.opset,
             dims.join(",")
         );
@@ -116,6 +116,10 @@ prop_compose! {
 
 fn weight(model: &Model, name: &str) -> Weight {
     model.graph.weight(model.graph.values()[name]).cloned().unwrap_or_else(|| panic!("`{name}` is no constant"))
+}
+
+fn operators(graph: &Graph) -> Vec<&str> {
+    graph.ops().into_iter().filter_map(|id| Some(graph.op(id)?.op_type())).collect()
 }
 
 /// What the constants of `graph` make of each other, operator by operator.
@@ -171,9 +175,9 @@ proptest! {
         if case.dtype != DType::Float16 {
             prop_assert!(known["w"].same(stored.value()), "evaluated op by op");
         }
-        let mut raised = file;
-        raised.raise();
-        let raised = weight(&raised, "w");
+        let mut restored = file;
+        restored.raise();
+        let raised = weight(&restored, "w");
         prop_assert!(raised.value().same(stored.value()), "the value");
         let divides = case.dims.iter().zip(&case.tile).all(|(extent, tile)| extent.is_multiple_of(*tile));
         let is_packed = case.bits < 8 || case.is_table;
@@ -183,6 +187,7 @@ proptest! {
         let is_in_line = spans.windows(2).all(|pair| (pair[0] + 1..=pair[1]).all(|axis| case.tile[axis] == case.dims[axis]));
         if divides && (case.opset >= 11 || !is_packed) && (!case.is_table || is_whole || is_in_line) {
             prop_assert!(raised.is_stored(), "is spelled");
+            prop_assert_eq!(operators(&restored.graph), operators(&model.graph), "what is beside it");
             prop_assert!(is_same_form(raised.storage(), stored.storage()), "{:?} {:?}", raised.storage(), stored.storage());
         }
     }

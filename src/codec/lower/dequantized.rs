@@ -3,7 +3,7 @@
 use super::{Runtime, SHIFTS};
 use crate::{
     codec::Model,
-    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor},
+    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage},
 };
 
 /// The version from which on operators are there: `DequantizeLinear`, that of axes, of half precision and
@@ -85,8 +85,6 @@ impl Dequantized {
 
 /// The least number of rows that onnxruntime multiplies by codes of one scale.
 const FUSED_BLOCK: usize = 16;
-/// What the name of a bias that is subtracted ends in.
-pub(in crate::codec) const NEGATED: &str = "negated";
 
 /// Whether something multiplies the constant at `id` with what a `DequantizeLinear` makes: kernels of integers look for one before both.
 fn is_between_codes(graph: &Graph, id: NodeId) -> bool {
@@ -104,7 +102,8 @@ fn is_multiplied_by(graph: &Graph, id: NodeId) -> bool {
             && graph.constant(id.out()).is_some_and(|tensor| tensor.dims().len() == 2)
     };
     let uses = graph.uses(id.out());
-    !uses.is_empty() && uses.iter().all(is_product) && !graph.is_output(id.out())
+    let is_seen = uses.iter().all(|(node, _)| !matches!(hidden(graph, *node), Some(Hidden::Otherwise)));
+    !uses.is_empty() && uses.iter().all(is_product) && !graph.is_output(id.out()) && is_seen
 }
 
 /// Whether onnxruntime multiplies by the codes of the weight at `id` of a model, and rounds what it multiplies to eight bits where the
@@ -119,30 +118,38 @@ pub(crate) fn is_multiplied_by_codes(model: &Model, graph: &Graph, id: NodeId) -
         && Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).is_some()
 }
 
-/// The `Add` of a constant to what `product` makes and that constant, where an activation alone reads the sum.
-pub(super) fn sum_before_activation(graph: &Graph, product: NodeId) -> Option<(NodeId, Outlet)> {
-    const FUSED: &[&str] = &[
-        "Elu",
-        "HardSigmoid",
-        "LeakyRelu",
-        "Relu",
-        "Selu",
-        "Sigmoid",
-        "Softplus",
-        "Softsign",
-        "Tanh",
-        "ThresholdedRelu",
-    ];
-    let (add, slot) = graph.sole_use(product.out())?;
-    graph.op_of(add, "Add")?;
-    let (activation, _) = graph.sole_use(add.out())?;
-    let kind = graph.op(activation)?.standard()?;
-    let bias = graph.operand(add, 1 - slot).filter(|_| FUSED.contains(&kind))?;
-    graph.weight(bias).filter(|weight| !weight.is_stored()).map(|_| (add, bias))
+/// What reads the product at `product`, or the sum of it and a constant, and hides it from onnxruntime (1.32), which looks for products
+/// with codes after it has put activations that cut off aside: a rectifier that can be spelled otherwise, or something else.
+pub(super) enum Hidden {
+    /// By a `Relu`.
+    Rectified(NodeId),
+    /// By a `Clip`, or by one of several readers.
+    Otherwise,
 }
 
-/// −x of each element.
-pub(in crate::codec) fn negated(tensor: &Tensor) -> Option<Tensor> {
-    let values: Vec<f64> = tensor.f64s()?.into_iter().map(|value| -value).collect();
-    Tensor::floats(tensor.dtype(), tensor.dims(), &values)
+/// What hides the product at `product`, if anything does.
+pub(super) fn hidden(graph: &Graph, product: NodeId) -> Option<Hidden> {
+    let is_cut = |node: NodeId| ["Relu", "Clip"].iter().any(|kind| graph.op_of(node, kind).is_some());
+    let mut value = product.out();
+    if let Some((add, slot)) = graph.sole_use(value)
+        && graph.op_of(add, "Add").is_some()
+        && graph.operand(add, 1 - slot).is_some_and(|bias| graph.constant(bias).is_some())
+    {
+        value = add.out();
+    }
+    match graph.sole_use(value) {
+        Some((node, _)) if graph.op_of(node, "Relu").is_some() => Some(Hidden::Rectified(node)),
+        _ => graph.uses(value).iter().any(|(node, _)| is_cut(*node)).then_some(Hidden::Otherwise),
+    }
+}
+
+/// The product that the larger of `value` and zero is taken of, if it is one with codes, or the sum of one and a constant.
+pub(in crate::codec) fn is_rectified_product(graph: &Graph, value: Outlet) -> bool {
+    let product = match graph.op_of(value.node, "Add") {
+        Some(_) => graph.operands(value.node).into_iter().flatten().find(|part| graph.constant(*part).is_none()),
+        None => Some(value),
+    };
+    let weight = product.filter(|product| graph.op_of(product.node, "MatMul").is_some());
+    let weight = weight.and_then(|product| graph.weight(graph.operand(product.node, 1)?));
+    weight.is_some_and(|weight| matches!(weight.storage(), Storage::Affine(affine) if affine.is_multiplied_by()))
 }
