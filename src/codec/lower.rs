@@ -274,7 +274,12 @@ impl Spelling<'_> {
 
     /// Has rectifiers of products with the constant at `id` be written as the larger of these and zero, which hides no product.
     fn keep_apart(&mut self, id: NodeId) {
-        for (product, _) in self.graph.uses(id.out()) {
+        let uses = self.graph.uses(id.out()).into_iter().map(|(node, _)| node);
+        let products: Vec<_> = uses.filter(|&node| self.graph.op_of(node, "MatMul").is_some()).collect();
+        if self.runtime != Runtime::Onnxruntime {
+            return;
+        }
+        for product in products {
             let Some(Hidden::Rectified(relu)) = hidden(self.graph, product) else { continue };
             let Some(read) = self.graph.operand(relu, 0) else { continue };
             let dtype = self.graph.constant(id.out()).map_or(DType::Float, Tensor::dtype);
