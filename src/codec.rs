@@ -18,11 +18,11 @@ use prost::Message;
 
 pub use self::{
     external::ExternalError,
-    lower::{Runtime, least_opset},
+    lower::{Runtime, least_opset, packs},
     save::{Saved, save, size_at},
 };
 pub(crate) use self::{
-    lower::{is_multiplied_by_codes, spelled_bytes},
+    lower::{is_between_codes, is_hidden, rounded_at_once, spelled_bytes},
     raise::{keeps_weights, moved},
 };
 use crate::{

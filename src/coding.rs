@@ -100,7 +100,7 @@ pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
     };
     let tile = codes.tile_for(value.dims());
     let like = nearest((scheme, codes.bits()), (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
-    Weight::stored(like.multiplied_like(storage))
+    Weight::stored(like.like(storage))
 }
 
 /// `matrices` as the weight of `linear`, stored as `template` is, as close to it as can be in `metrics`; `None` where it is beyond what the
@@ -120,12 +120,12 @@ pub(crate) fn fit_like(
     let Some(codes) = template.storage().codes() else { return template.fit(dims, &values) };
     let form = (Scheme::of(template.storage())?, codes.bits(), codes.tile());
     let fitted = fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?;
-    Weight::stored(fitted.multiplied_like(template.storage()))
+    Weight::stored(fitted.like(template.storage()))
 }
 
-/// The form of a weight of few different values, if there is one that takes fewer bytes: a table of them all.
+/// A table of all values of a weight that has at most 256 different ones, and indices of the fewest bits, or of eight.
 #[must_use]
-pub fn exact_table(value: &Tensor) -> Option<Weight> {
+pub fn exact_table(value: &Tensor, is_packed: bool) -> Option<Weight> {
     let size = value.element_size()?;
     let bytes = value.bytes();
     let mut entries: Vec<&[u8]> = Vec::new();
@@ -141,7 +141,7 @@ pub fn exact_table(value: &Tensor) -> Option<Weight> {
         entries.push(element);
         codes.push(code);
     }
-    let bits = WIDTHS.into_iter().find(|&bits| entries.len() <= 1 << bits)?;
+    let bits = WIDTHS.into_iter().find(|&bits| entries.len() <= 1 << bits && (is_packed || bits == 8))?;
     let table: Bytes = entries.concat().into();
     let dims = vec![1; value.dims().len()].into_iter().chain([entries.len()]).collect::<Vec<_>>();
     let codes = Codes::new(value.dims(), bits, value.dims(), codes.into())?;
@@ -179,5 +179,84 @@ impl Levels {
                 Storage::Codebook(Codebook::new(codes, Tensor::floats(dtype, &dims, tables)?)?)
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_core::SeedableRng;
+    use rand_xoshiro::Xoshiro256PlusPlus;
+
+    use super::*;
+    use crate::linalg::{energy, normal};
+
+    /// A matrix of noise.
+    fn noise(rows: usize, columns: usize, seed: u64) -> DMatrix<f64> {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        DMatrix::from_fn(rows, columns, |_, _| normal(&mut random))
+    }
+
+    /// The covariance of elements that vary together, and by different amounts.
+    fn covariance(size: usize) -> DMatrix<f64> {
+        let mut mixed = noise(size, size / 3, 3);
+        mixed.row_iter_mut().enumerate().for_each(|(i, mut row)| row *= 1.0 + i as f64 / size as f64);
+        &mixed * mixed.transpose() + DMatrix::identity(size, size)
+    }
+
+    fn rows(matrix: &DMatrix<f64>) -> Vec<f64> {
+        matrix.transpose().as_slice().to_vec()
+    }
+
+    fn lost(weight: &DMatrix<f64>, storage: &Storage, covariance: &DMatrix<f64>) -> f64 {
+        let stored = Weight::stored(storage.clone()).unwrap().value().f64s().unwrap();
+        energy(&(weight - DMatrix::from_row_slice(weight.nrows(), weight.ncols(), &stored)), covariance)
+    }
+
+    const DIMS: [usize; 2] = [24, 48];
+
+    #[test]
+    fn codes_in_a_metric_lose_less_of_it_than_the_nearest() {
+        let (weight, spread) = (noise(24, 48, 1), covariance(48));
+        let (values, plane) = (rows(&weight), Plane::new(&DIMS, None));
+        for scheme in [Scheme::Uniform, Scheme::Table] {
+            for bits in [2, 4] {
+                for tiling in [Tiling::Tensor, Tiling::Rows, Tiling::Blocks(24)] {
+                    let tile = match tiling {
+                        Tiling::Blocks(size) => vec![1, size],
+                        tiling => plane.tile(tiling).unwrap(),
+                    };
+                    let of = (DType::Float, &DIMS[..]);
+                    let plain = nearest((scheme, bits), (DType::Float, &DIMS, &tile), &values, None).unwrap();
+                    let form = (scheme, bits, &tile[..]);
+                    let fitted = fit((&plane, form), of, &values, &[Metric::Full(spread.clone())]).unwrap();
+                    let (before, after) = (lost(&weight, &plain, &spread), lost(&weight, &fitted, &spread));
+                    assert!(after < before * 0.8, "{scheme:?} {bits} {tiling:?}: {after} of {before}");
+                    let alike = fit((&plane, form), of, &values, &[Metric::Identity]).unwrap();
+                    assert_eq!(alike.codes().unwrap().bytes(), plain.codes().unwrap().bytes());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_in_a_metric_lose_less_of_it_than_the_nearest() {
+        let (weight, spread) = (noise(24, 48, 1), covariance(48));
+        let (values, plane, metric) = (rows(&weight), Plane::new(&DIMS, None), [Metric::Full(spread.clone())]);
+        let of = (DType::Float, &DIMS[..]);
+        let vectors = fit_vectors((&plane, (4, 2)), of, &values, &metric).unwrap();
+        let plain = fit_vectors((&plane, (4, 2)), of, &values, &[]).unwrap();
+        assert!(lost(&weight, &vectors, &spread) < lost(&weight, &plain, &spread));
+        assert!(fit_vectors((&plane, (4, 5)), of, &values, &metric).is_none());
+    }
+
+    #[test]
+    fn a_weight_of_few_values_is_a_table_of_them() {
+        let values: Vec<f64> = (0..300).map(|i| f64::from(i % 7) / 8.0).collect();
+        let tensor = Tensor::floats(DType::Float, &[300], &values).unwrap();
+        assert!(exact_table(&tensor, true).unwrap().value().same(&tensor));
+        assert_eq!(exact_table(&tensor, true).unwrap().storage().codes().unwrap().bits(), 3);
+        assert_eq!(exact_table(&tensor, false).unwrap().storage().codes().unwrap().bits(), 8);
+        let many: Vec<f64> = (0..300).map(f64::from).collect();
+        assert!(exact_table(&Tensor::floats(DType::Float, &[300], &many).unwrap(), true).is_none());
     }
 }

@@ -38,7 +38,10 @@ pub use self::{
     vectors::Vectors,
     weight::{Const, Weight},
 };
-pub(crate) use self::{edit::fresh, weight::Origin};
+pub(crate) use self::{
+    edit::fresh,
+    weight::{Origin, Spelling},
+};
 use crate::proto::{GraphProto, SparseTensorProto, ValueInfoProto};
 
 /// The graph of a model, or of a subgraph body.

@@ -150,6 +150,9 @@ pub fn table(passes: &[PassInfo]) -> String {
     std::iter::once(head.to_owned()).chain(passes.iter().map(row)).collect()
 }
 
+/// What is counted whether or not anything is done.
+pub const COUNTED_ONLY: [&str; 2] = ["weights declined", "weights seen"];
+
 /// What a pass may use besides the graph, and where it leaves word of what it did.
 #[derive(Debug, Default)]
 pub struct Context {

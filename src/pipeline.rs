@@ -8,7 +8,7 @@ use crate::{
     analysis::cost::Cost,
     codec::Model,
     ir::{Graph, InvalidGraph},
-    pass::{Context, Fidelity, Pass, PassInfo, Price},
+    pass::{COUNTED_ONLY, Context, Fidelity, Pass, PassInfo, Price},
     passes::{PASSES, find},
 };
 
@@ -16,6 +16,8 @@ use crate::{
 pub const SIMPLIFY: &str = "simplify";
 /// The preset of no passes.
 pub const NONE: &str = "none";
+/// The option of passes that store weights by which they make tables alone.
+const TABLES: &str = "tables";
 /// Rounds after which `simplify` stops even if passes still find work; real models take two or three.
 const MAX_ROUNDS: usize = 16;
 
@@ -259,9 +261,9 @@ fn simplify(
     let storing: Vec<_> = exact().filter(|info| info.stores && is_last).collect();
     let passes: Vec<_> = exact().filter(|info| !info.stores).collect();
     let first = outcomes.len();
-    let mut run = |infos: &[&PassInfo], first: usize, model: &mut Model| {
+    let mut run = |infos: &[&PassInfo], options: &[&str], first: usize, model: &mut Model| {
         for (i, info) in infos.iter().enumerate() {
-            let Ok(pass) = info.build(&[]) else { continue };
+            let Ok(pass) = info.build(options) else { continue };
             cx.reset(Price::default());
             let outcome = one(info.name, info.fidelity, pass.as_ref(), (model, bytes), cx)?;
             match outcomes.get_mut(first + i) {
@@ -271,22 +273,22 @@ fn simplify(
         }
         Ok(())
     };
-    run(&storing, first, model)?;
+    run(&storing, &[TABLES], first, model)?;
     for _ in 0..MAX_ROUNDS {
         let edits = model.graph.edits();
-        run(&passes, first + storing.len(), model)?;
+        run(&passes, &[], first + storing.len(), model)?;
         if model.graph.edits() == edits {
             break;
         }
     }
-    run(&storing, first, model)
+    run(&storing, &[], first, model)
 }
 
 impl Outcome {
     /// Whether anything was done that is counted.
     #[must_use]
     pub fn did_something(&self) -> bool {
-        self.tally.values().any(|&n| n > 0)
+        self.tally.iter().any(|(what, &n)| n > 0 && !COUNTED_ONLY.contains(what))
     }
 
     fn absorb(&mut self, other: Self) {

@@ -308,13 +308,14 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             return Err(ShrinkError::Batches);
         }
     }
-    if job.verify && !keeps_weights(&result) {
-        return Err(ShrinkError::Misspelled);
-    }
     report.moments = Arc::clone(&cx.moments);
     if result.graph.edits() == model.graph.edits() {
         report.after = report.before.clone();
         return Ok((file.clone(), report));
+    }
+    let is_kept = keeps_weights(&result) && report.chain.iter().all(|link| keeps_weights(&link.model));
+    if job.verify && !is_kept {
+        return Err(ShrinkError::Misspelled);
     }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))

@@ -6,13 +6,13 @@ use std::{borrow::Cow, collections::BTreeMap};
 
 use prost::Message;
 
-pub(crate) use self::dequantized::is_multiplied_by_codes;
-pub(super) use self::dequantized::is_rectified_product;
+pub(super) use self::dequantized::product_with_codes;
 use self::dequantized::{Dequantized, Hidden, hidden};
+pub(crate) use self::dequantized::{is_between_codes, is_hidden, rounded_at_once};
 use super::Model;
 use crate::{
     coding::{Form, Scheme, Tiling},
-    ir::{Affine, Codebook, Codes, DType, Graph, Kind, NodeId, Op, Outlet, Storage, Tensor, Vectors, Weight},
+    ir::{Affine, Codebook, Codes, DType, Graph, Kind, NodeId, Op, Outlet, Spelling, Storage, Tensor, Vectors, Weight},
 };
 
 /// What is to run the file.
@@ -31,6 +31,12 @@ pub enum Runtime {
 const SHIFTS: i64 = 11;
 /// Products broadcast as they do now.
 const BROADCASTS: i64 = 7;
+
+/// Whether graphs over this operator set can hold several codes in a byte.
+#[must_use]
+pub fn packs(opset: i64) -> bool {
+    opset >= SHIFTS
+}
 
 /// The first operator set that has what codes of this form are spelled with.
 #[must_use]
@@ -60,15 +66,19 @@ fn is_any_stored(graph: &Graph) -> bool {
 /// Makes each stored weight of `graph`, and of the bodies in it, the last of the nodes that it is spelled as.
 fn lower(graph: &mut Graph, runtime: Runtime, ir_version: i64) {
     let stored = |id: &NodeId| graph.weight(id.out()).is_some_and(Weight::is_stored);
-    let stored: Vec<_> = graph.order().into_iter().filter(stored).collect();
+    let mut stored: Vec<_> = graph.order().into_iter().filter(stored).collect();
+    // What is multiplied by codes goes by what is around it, biases that are stored otherwise included.
+    stored.sort_by_key(|id| {
+        !matches!(graph.weight(id.out()).map(Weight::storage), Some(Storage::Affine(affine)) if affine.is_multiplied_by())
+    });
     graph.free_names();
     let given = graph.values().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let mut spelling = Spelling { graph, known: BTreeMap::new(), given, steps: 0, runtime, ir_version };
+    let mut speller = Speller { graph, known: BTreeMap::new(), given, steps: 0, runtime, ir_version };
     for id in stored {
-        if let Kind::Const(constant) = spelling.graph.kind(id) {
+        if let Kind::Const(constant) = speller.graph.kind(id) {
             let weight = constant.weight.clone();
             // What can't be spelled stays the elements.
-            let _ = spelling.spell(id, &weight);
+            let _ = speller.spell(id, &weight);
         }
     }
     for id in graph.holders() {
@@ -80,7 +90,7 @@ fn lower(graph: &mut Graph, runtime: Runtime, ir_version: i64) {
 pub(crate) fn spelled_bytes(graph: &Graph, value: Outlet, weight: &Weight) -> Option<usize> {
     let mut alone = Graph::new(graph.opset());
     let constant = alone.add_const(weight.clone(), graph.name(value));
-    let mut spelling = Spelling {
+    let mut speller = Speller {
         graph: &mut alone,
         known: BTreeMap::new(),
         given: BTreeMap::new(),
@@ -88,14 +98,14 @@ pub(crate) fn spelled_bytes(graph: &Graph, value: Outlet, weight: &Weight) -> Op
         runtime: Runtime::default(),
         ir_version: i64::MAX,
     };
-    spelling.spell(constant.node, weight)?;
+    speller.spell(constant.node, weight)?;
     Some(Model { graph: alone, ..Model::default() }.to_proto().encoded_len())
 }
 
 /// What the short names begin with.
 const STEP: &str = "code.";
 
-struct Spelling<'g> {
+struct Speller<'g> {
     graph: &'g mut Graph,
     /// The parts that were added, by hash: equal ones are kept once.
     known: BTreeMap<u64, Outlet>,
@@ -107,7 +117,7 @@ struct Spelling<'g> {
     ir_version: i64,
 }
 
-impl Spelling<'_> {
+impl Speller<'_> {
     /// Makes the constant at `id` the nodes that it is spelled as.
     fn spell(&mut self, id: NodeId, weight: &Weight) -> Option<()> {
         if let Some(spelling) = weight.spelling() {
@@ -130,7 +140,8 @@ impl Spelling<'_> {
     }
 
     /// Makes the constant at `id` what a file had for it. Parts are what they were called where another weight has the same.
-    fn as_before(&mut self, id: NodeId, spelling: &Graph) -> Option<()> {
+    fn as_before(&mut self, id: NodeId, spelling: &Spelling) -> Option<()> {
+        let (is_apart, spelling) = (spelling.is_apart, &*spelling.nodes);
         let last = spelling.outputs().first()?.value.node;
         let mut copies: BTreeMap<Outlet, Outlet> = BTreeMap::new();
         for part in spelling.order() {
@@ -139,9 +150,8 @@ impl Spelling<'_> {
                 spelling.operands(part).into_iter().map(|value| copies.get(&value?).copied()).collect();
             if part == last {
                 let (operands, op) = (operands.into_iter().flatten().collect::<Vec<_>>(), spelling.op(part)?.clone());
-                let is_dequantized = op.is("DequantizeLinear");
                 self.graph.unsettle(id, op, &operands);
-                if is_dequantized {
+                if is_apart {
                     self.keep_apart(id);
                 }
                 break;
@@ -276,7 +286,7 @@ impl Spelling<'_> {
     fn keep_apart(&mut self, id: NodeId) {
         let uses = self.graph.uses(id.out()).into_iter().map(|(node, _)| node);
         let products: Vec<_> = uses.filter(|&node| self.graph.op_of(node, "MatMul").is_some()).collect();
-        if self.runtime != Runtime::Onnxruntime {
+        if self.runtime != Runtime::Onnxruntime || is_between_codes(self.graph, id) {
             return;
         }
         for product in products {
@@ -379,7 +389,7 @@ impl Spelling<'_> {
     fn integers(&mut self, id: NodeId, (bytes, bits, dtype): (&[u8], u32, DType), dims: &[usize]) -> Option<Outlet> {
         match bits {
             8 => Some(self.part(id, "codes", Tensor::made(dtype, dims, bytes.to_vec().into()))),
-            3 => {
+            3 if self.graph.opset() >= SHIFTS => {
                 let high: Vec<u8> = bytes.iter().map(|code| code >> 1).collect();
                 let low: Vec<u8> = bytes.iter().map(|code| code & 1).collect();
                 let high = self.plane(id, "high", &high, 2, dims);
@@ -437,7 +447,9 @@ fn divided(affine: &Affine) -> Option<Cow<'_, Affine>> {
     for axis in 0..codes.dims().len() {
         let (extent, tile) = (codes.dims()[axis], codes.tile()[axis]);
         if !extent.is_multiple_of(tile) {
-            affine = affine.cut(axis, greatest_divisor(extent, tile))?;
+            let size = greatest_divisor(extent, tile);
+            // A scale for each element is none.
+            affine = affine.cut(axis, size).filter(|cut| cut.scales().len() < cut.codes().bytes().len())?;
         }
     }
     Some(Cow::Owned(affine))

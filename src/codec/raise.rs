@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Model, lower::is_rectified_product};
+use super::{Model, lower::product_with_codes};
 use crate::{
     eval,
     ir::{
@@ -29,7 +29,9 @@ pub(crate) fn keeps_weights(model: &Model) -> bool {
     if wanted.is_empty() {
         return true;
     }
-    let Ok(mut file) = Model::decode(model.encode().into(), None) else { return false };
+    let mut written = model.lowered().into_owned();
+    written.graph.inline_external();
+    let Ok(mut file) = Model::decode(written.encode().into(), None) else { return false };
     file.raise();
     // What can't be spelled otherwise is there element by element.
     let found = hashes(&file.graph, &|weight| is_float(weight.value().dtype()));
@@ -74,7 +76,10 @@ fn put_together(graph: &mut Graph, node: NodeId) -> Option<()> {
     let op = graph.op_of(node, "Max").filter(|op| op.arity == 2)?.clone();
     let (read, zero) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
     let is_zero = graph.constant(zero).filter(|zero| zero.dims().is_empty())?.f64s()? == [0.0];
-    (is_zero && is_rectified_product(graph, read)).then_some(())?;
+    is_zero.then_some(())?;
+    let weight = product_with_codes(graph, read)?;
+    let apart = graph.weight(weight)?.clone().apart();
+    graph.set_weight(weight, apart);
     graph.replace_op(node, Op::new("Relu").in_place_of(&op), &[read]);
     Some(())
 }
@@ -219,7 +224,7 @@ fn product(graph: &Graph, value: Outlet, scales: Outlet) -> Option<Weight> {
     let extent = |axis: usize| if axis < pad { 1 } else { scales.dims()[axis - pad] };
     let tile: Vec<_> = (0..dims.len()).map(|axis| if extent(axis) == 1 { dims[axis] } else { 1 }).collect();
     let zeros = match zeros {
-        Some(zeros) if zeros.len() == 1 || zeros.dims() == scales.dims() => {
+        Some(zeros) if zeros.len() == 1 && zeros.dims().len() <= dims.len() || zeros.dims() == scales.dims() => {
             let is_whole = |zero: f64| (zero.fract() == 0.0 && zero.abs() <= 1024.0).then_some(zero as i64);
             Some(zeros.f64s()?.into_iter().map(is_whole).collect::<Option<Vec<_>>>()?)
         }

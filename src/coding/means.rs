@@ -33,7 +33,7 @@ pub(super) fn table(elements: &[(f64, f64)], entries: usize) -> Vec<f64> {
     table
 }
 
-/// A value, how much it weighs, and the sum of squares of what stands for it.
+/// A value, and how much it weighs.
 #[derive(Clone, Copy)]
 struct Point {
     value: f64,
@@ -46,7 +46,7 @@ fn points(elements: &[(f64, f64)]) -> Vec<Point> {
     // What weighs nothing still has to be told from what does.
     let floor = elements.iter().map(|(_, weight)| weight).sum::<f64>() / elements.len().max(1) as f64 * 1e-9;
     let floor = floor.max(f64::MIN_POSITIVE);
-    if elements.len() <= MOST {
+    if elements.len() <= MOST || has_few(elements) {
         let mut sorted: Vec<_> =
             elements.iter().map(|&(value, weight)| Point { value, weight: weight.max(floor) }).collect();
         sorted.sort_by(|a, b| a.value.total_cmp(&b.value));
@@ -67,6 +67,15 @@ fn points(elements: &[(f64, f64)]) -> Vec<Point> {
     }
     let taken = bins.into_iter().filter(|(_, weight)| *weight > 0.0);
     taken.map(|(sum, weight)| Point { value: sum / weight, weight }).collect()
+}
+
+/// Whether no more than [`MOST`] of many values are different.
+fn has_few(elements: &[(f64, f64)]) -> bool {
+    let mut different = std::collections::BTreeSet::new();
+    elements.iter().all(|(value, _)| {
+        different.insert(value.to_bits());
+        different.len() <= MOST
+    })
 }
 
 /// Sums over the first points.
@@ -122,5 +131,54 @@ impl Layer<'_> {
         (self.next[end], self.begins[end]) = best;
         self.solve((first, end - 1), (low, best.1));
         self.solve((end + 1, last), (best.1, high));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_core::SeedableRng;
+    use rand_xoshiro::Xoshiro256PlusPlus;
+
+    use super::*;
+    use crate::linalg::normal;
+
+    fn lost(elements: &[(f64, f64)], table: &[f64]) -> f64 {
+        let of = |(value, weight): &(f64, f64)| {
+            weight * table.iter().map(|entry| (entry - value).powi(2)).fold(f64::INFINITY, f64::min)
+        };
+        elements.iter().map(of).sum()
+    }
+
+    /// The least loss over all ways to cut sorted values in runs.
+    fn least(sorted: &[(f64, f64)], entries: usize) -> f64 {
+        let one = |part: &[(f64, f64)]| {
+            let weight: f64 = part.iter().map(|(_, weight)| weight).sum();
+            let mean = part.iter().map(|(value, weight)| value * weight).sum::<f64>() / weight;
+            part.iter().map(|(value, weight)| weight * (value - mean).powi(2)).sum::<f64>()
+        };
+        if entries == 1 || sorted.len() <= 1 {
+            return if sorted.is_empty() { 0.0 } else { one(sorted) };
+        }
+        let cut = |at: usize| one(&sorted[..at]) + least(&sorted[at..], entries - 1);
+        (1..sorted.len()).map(cut).fold(one(sorted), f64::min)
+    }
+
+    #[test]
+    fn the_table_is_as_good_as_any() {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
+        for round in 0..20 {
+            let mut elements: Vec<_> = (0..9).map(|_| (normal(&mut random), normal(&mut random).abs() + 0.1)).collect();
+            let entries = 2 + round % 3;
+            let found = lost(&elements, &table(&elements, entries));
+            elements.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let best = least(&elements, entries);
+            assert!((found - best).abs() <= 1e-9 * best.max(1e-9), "{found} {best}");
+        }
+    }
+
+    #[test]
+    fn of_few_values_none_is_lost_however_near_they_are() {
+        let elements: Vec<_> = (0..40_000).map(|i| ([0.0, 1e-6, 1.0][i % 3], 1.0)).collect();
+        assert_eq!(lost(&elements, &table(&elements, 4)), 0.0);
     }
 }

@@ -1,6 +1,8 @@
 //! Codes that keep what a layer makes, not its weights: GPTQ (Frantar 2023), then coordinate descent (COMQ, Zhang 2024) in turn with
 //! the best scales or tables for the codes ("trained quantization" of Han 2016 in closed form).
 
+use std::collections::BTreeMap;
+
 use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
 
@@ -255,6 +257,24 @@ impl Problem {
         energy(&self.off(levels), &self.covariance)
     }
 
+    /// For each element of `numbers`, the product of its row with a column of C, each over the columns of its tile alone.
+    fn bent(&self, numbers: &DMatrix<f64>) -> DMatrix<f64> {
+        let mut of_tile: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for (column, &tile) in self.tiles.row(0).iter().enumerate() {
+            of_tile.entry(tile).or_default().push(column);
+        }
+        if of_tile.len() == 1 {
+            return product(numbers, &self.covariance);
+        }
+        let mut whole = DMatrix::zeros(numbers.nrows(), numbers.ncols());
+        for columns in of_tile.into_values() {
+            let own = self.covariance.select_rows(&columns).select_columns(&columns);
+            let part = product(&numbers.select_columns(&columns), &own);
+            part.column_iter().zip(columns).for_each(|(values, column)| whole.set_column(column, &values));
+        }
+        whole
+    }
+
     /// What the codes stand for, less W.
     fn off(&self, levels: &Levels) -> DMatrix<f64> {
         let value = |i: usize, j: usize| levels.value(self.tiles[(i, j)] as usize, self.codes[(i, j)]);
@@ -262,8 +282,8 @@ impl Problem {
     }
 }
 
-/// The scale of each tile that is best while those of the others are as they are: s + ⟨q, −ΔW·C⟩ / ⟨q, q·C⟩, half the way where several
-/// tiles are in one row.
+/// The scale of each tile that is best while those of the others are as they are: s + ⟨q, −ΔW·C⟩ / ⟨q, q·C⟩, q of that tile alone, half the
+/// way where several tiles are in one row.
 fn scales(levels: &Levels, problems: &[Problem]) -> Option<Levels> {
     let Levels::Uniform { scales, zeros, signed, range } = levels else { return None };
     let (mut along, mut curve) = (vec![0.0; scales.len()], vec![0.0; scales.len()]);
@@ -277,7 +297,7 @@ fn scales(levels: &Levels, problems: &[Problem]) -> Option<Levels> {
         let (rows, columns) = problem.weight.shape();
         let numbers = DMatrix::from_fn(rows, columns, whole);
         let slope = product(&problem.off(levels), &problem.covariance);
-        let bent = product(&numbers, &problem.covariance);
+        let bent = problem.bent(&numbers);
         for j in 0..columns {
             for i in 0..rows {
                 let tile = problem.tiles[(i, j)] as usize;
@@ -343,4 +363,44 @@ fn tables(levels: &Levels, problems: &[Problem]) -> Option<Levels> {
         }
     }
     Some(Levels::tables(&better, entries))
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_core::SeedableRng;
+    use rand_xoshiro::Xoshiro256PlusPlus;
+
+    use super::*;
+    use crate::linalg::normal;
+
+    #[test]
+    fn no_step_of_the_polish_adds_error() {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
+        let mut noise = |rows: usize, columns: usize| DMatrix::from_fn(rows, columns, |_, _| normal(&mut random));
+        let (weight, mixed) = (noise(150, 160), noise(160, 40));
+        let covariance = &mixed * mixed.transpose() + DMatrix::identity(160, 160);
+        for (tile, is_table) in [([1, 160], false), ([1, 32], false), ([150, 160], true)] {
+            let dims = [150, 160];
+            let values = weight.transpose().as_slice().to_vec();
+            let scheme = if is_table { Scheme::Table } else { Scheme::Uniform };
+            let plain = nearest((scheme, 3), (DType::Float, &dims, &tile), &values, None).unwrap();
+            let ids: Vec<f64> = plain.codes().unwrap().tiles().map(|tile| tile as f64).collect();
+            let ids = DMatrix::from_row_slice(150, 160, &ids);
+            let mut problem = Problem::new(0, &weight, &ids, &Metric::Full(covariance.clone())).unwrap();
+            let mut levels = Levels::of(&plain).unwrap();
+            problem.round(&levels);
+            let rounded = problem.error(&levels);
+            problem.carry_on(&levels);
+            let mut last = problem.error(&levels);
+            assert!(last < rounded, "{last} {rounded}");
+            for _ in 0..3 {
+                improve(&mut levels, std::slice::from_ref(&problem));
+                let better = problem.error(&levels);
+                problem.descend(&levels);
+                let polished = problem.error(&levels);
+                assert!(better <= last && polished <= better * (1.0 + 1e-12), "{last} {better} {polished}");
+                last = polished;
+            }
+        }
+    }
 }

@@ -306,9 +306,23 @@ impl Affine {
         self.with(codes, scales, zeros)
     }
 
-    /// The same codes with each slice along `axis` multiplied by a factor.
+    /// The same with codes of eight bits in bytes without a sign, as kernels of integers tell weights apart.
+    fn without_sign(self) -> Self {
+        const HALF: u8 = 128;
+        if !self.signed || self.codes.bits != 8 {
+            return self;
+        }
+        let bytes: Vec<u8> = self.codes.bytes.iter().map(|byte| byte.wrapping_add(HALF)).collect();
+        let before = self.zeros.as_ref().and_then(Tensor::i64s).unwrap_or_else(|| vec![0; self.scales.len()]);
+        let zeros: Vec<_> = before.iter().map(|zero| zero + i64::from(HALF)).collect();
+        let zeros = Tensor::integers(DType::Int32, self.scales.dims(), &zeros);
+        Self { codes: Codes { bytes: bytes.into(), ..self.codes }, signed: false, zeros, ..self }
+    }
+
+    /// The same codes with each slice along `axis` multiplied by a factor, unless each element then had a scale.
     fn scaled(&self, axis: usize, factors: &[f64]) -> Option<Self> {
         let Self { codes, scales, zeros, .. } = self.cut(axis, 1)?;
+        (scales.len() < codes.bytes.len()).then_some(())?;
         let inner: usize = scales.dims()[axis + 1..].iter().product();
         let own = |i: usize| factors[i / inner.max(1) % factors.len()];
         let values: Vec<_> = scales.f64s()?.iter().enumerate().map(|(i, scale)| scale * own(i)).collect();
@@ -400,12 +414,20 @@ impl Storage {
         }
     }
 
-    /// The same, by which a runtime that can is to multiply as it is if it is so by `other`.
-    pub(crate) fn multiplied_like(self, other: &Self) -> Self {
+    /// The same, by which a runtime that can is to multiply as it is if it is so by `other`, and in bytes without a sign if those are.
+    pub(crate) fn like(self, other: &Self) -> Self {
         match (self, other) {
-            (Self::Affine(affine), Self::Affine(other)) if other.multiplied => Self::Affine(affine.to_multiply_by()),
+            (Self::Affine(affine), Self::Affine(other)) => {
+                let affine = if other.signed { affine } else { affine.without_sign() };
+                Self::Affine(Affine { multiplied: other.multiplied, ..affine })
+            }
             (own, _) => own,
         }
+    }
+
+    /// Whether scales and tables are for more than one element each: else the elements themselves take no more.
+    pub(super) fn is_shared(&self) -> bool {
+        self.codes().is_none_or(|codes| codes.bytes.len() < 2 || codes.tile.iter().any(|&tile| tile > 1))
     }
 
     /// Bytes of codes, scales and tables for `value`, as written.

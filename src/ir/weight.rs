@@ -51,8 +51,17 @@ impl Origin {
 pub struct Weight {
     value: Tensor,
     storage: Arc<Storage>,
-    /// The nodes that the file has for it, as a graph without inputs.
-    spelling: Option<Arc<Graph>>,
+    /// What the file has for it.
+    spelling: Option<Spelling>,
+}
+
+/// What a file has for a weight.
+#[derive(Clone, Debug)]
+pub(crate) struct Spelling {
+    /// The nodes, as a graph without inputs.
+    pub(crate) nodes: Arc<Graph>,
+    /// Whether rectifiers of products with it are written as the larger of these and zero.
+    pub(crate) is_apart: bool,
 }
 
 impl Weight {
@@ -78,13 +87,18 @@ impl Weight {
     }
 
     /// The same as the file spells it.
-    pub(crate) fn spelled(self, spelling: Graph) -> Self {
-        Self { spelling: Some(Arc::new(spelling)), ..self }
+    pub(crate) fn spelled(self, nodes: Graph) -> Self {
+        Self { spelling: Some(Spelling { nodes: Arc::new(nodes), is_apart: false }), ..self }
     }
 
-    /// The nodes that the file has for it, where nothing has been done to it since.
-    pub(crate) fn spelling(&self) -> Option<&Graph> {
-        self.spelling.as_deref()
+    /// The same with rectifiers of products with it written otherwise.
+    pub(crate) fn apart(self) -> Self {
+        Self { spelling: self.spelling.map(|spelling| Spelling { is_apart: true, ..spelling }), ..self }
+    }
+
+    /// What the file has for it, where nothing has been done to it since.
+    pub(crate) fn spelling(&self) -> Option<&Spelling> {
+        self.spelling.as_ref()
     }
 
     /// The value.
@@ -139,7 +153,7 @@ impl Weight {
     pub fn select(&self, axis: usize, indices: &[usize]) -> Option<Self> {
         Some(Self {
             value: self.value.select(axis, indices)?,
-            storage: Arc::new(self.storage.select(axis, indices).unwrap_or_default()),
+            storage: Arc::new(self.storage.select(axis, indices).filter(Storage::is_shared).unwrap_or_default()),
             spelling: None,
         })
     }

@@ -46,7 +46,10 @@ impl Pass for ExactGroups {
             .into_iter()
             .filter(|&id| multiplies(graph, id))
             .filter_map(|id| graph.operand(id, 1))
-            .filter(|&weight| graph.constant(weight).is_some_and(is_suspect))
+            // What is stored otherwise has few values, which parts of it may not have.
+            .filter(|&weight| {
+                graph.weight(weight).is_some_and(|weight| !weight.is_stored() && is_suspect(weight.value()))
+            })
             .collect();
         if weights.is_empty() {
             return Ok(());

@@ -9,7 +9,7 @@ use super::rewrite::{Replacement, Site, Statistics};
 use crate::{
     analysis::{linear::multiplies, moments::side_by_side},
     factor::{Family, Form, Shape, Target},
-    ir::{DType, Graph, NodeId, Outlet, Tensor},
+    ir::{DType, Graph, NodeId, Outlet, Tensor, Weight},
     linalg::{Spectrum, least_rank},
     pass::{Context, Declare, Fidelity, Pass, everywhere},
 };
@@ -79,7 +79,9 @@ fn suspects(graph: &Graph, cx: &mut Context) -> BTreeSet<Outlet> {
     for node in graph.ops() {
         let slots = (0..2).filter_map(|slot| graph.operand(node, slot));
         for weight in slots.filter(|_| multiplies(graph, node)) {
-            let Some(tensor) = graph.constant(weight) else { continue };
+            // What is stored otherwise has few values, which factors of it have not.
+            let stored = graph.weight(weight).filter(|weight| !weight.is_stored());
+            let Some(tensor) = stored.map(Weight::value) else { continue };
             if tensor.dtype() == DType::Float && tensor.len() >= LEAST {
                 let groups = graph.op(node).and_then(|op| op.int("group")).unwrap_or(1).max(1) as usize;
                 questions.push((weight, groups));

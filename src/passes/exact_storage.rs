@@ -3,7 +3,7 @@
 use ::half::f16;
 
 use crate::{
-    codec::spelled_bytes,
+    codec::{packs, spelled_bytes},
     coding::exact_table,
     ir::{Graph, Kind, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere},
@@ -14,13 +14,17 @@ use crate::{
 /// What shared, quantized or half-precise weights were exported as floats is stored as what it is. Each is an initializer of codes and a
 /// `Gather`, or of halves and a `Cast`, which runtimes compute once, when they load the file.
 ///
-/// Applies when: the weight takes at least 4096 bytes, and less than three quarters of them so. `simplify` does so first, since what fuses a scale into a
-/// weight makes many values of few, and last, but only where no pass comes after.
+/// Applies when: the weight takes at least 4096 bytes, and less than three quarters of them so. `simplify` makes tables first, since what fuses a scale into
+/// a weight makes many values of few, and all of it last, but only where no pass comes after.
 ///
 /// Fidelity: exact.
 #[derive(Debug, clap::Parser)]
 #[command(name = "exact-storage")]
-pub(super) struct ExactStorage {}
+pub(super) struct ExactStorage {
+    /// Tables alone.
+    #[arg(long)]
+    tables: bool,
+}
 
 impl Declare for ExactStorage {
     const NAME: &'static str = "exact-storage";
@@ -38,7 +42,7 @@ impl Pass for ExactStorage {
         let (mut tables, mut halves) = (0, 0);
         everywhere(graph, &mut |graph| {
             for id in graph.order() {
-                if let Some(weight) = stored(graph, id.out()) {
+                if let Some(weight) = stored(graph, id.out(), self.tables) {
                     *(if weight.storage().codes().is_some() { &mut tables } else { &mut halves }) += 1;
                     graph.set_weight(id.out(), weight);
                 }
@@ -50,16 +54,16 @@ impl Pass for ExactStorage {
     }
 }
 
-/// The constant `value` as it takes fewest bytes, if that is much less than it does.
-fn stored(graph: &Graph, value: Outlet) -> Option<Weight> {
+/// The constant `value` as it takes fewest bytes, in half precision only if it may be, if that is much less than it does.
+fn stored(graph: &Graph, value: Outlet, tables_only: bool) -> Option<Weight> {
     let Kind::Const(_) = graph.kind(value.node) else { return None };
     let weight = graph.weight(value).filter(|weight| !weight.is_stored())?;
     let tensor = weight.value();
     let is_float = crate::ir::tensor::is_float(tensor.dtype());
     (is_float && tensor.byte_len() >= FEWEST_BYTES && !graph.is_pinned(value) && !graph.is_output(value))
         .then_some(())?;
-    let half = if may_be_halves(tensor) { Weight::half(tensor.clone()) } else { None };
-    let ways = [exact_table(tensor), half];
+    let half = if !tables_only && may_be_halves(tensor) { Weight::half(tensor.clone()) } else { None };
+    let ways = [exact_table(tensor, packs(graph.opset())), half];
     let cost = |weight: Weight| Some((spelled_bytes(graph, value, &weight)?, weight));
     let (bytes, weight) = ways.into_iter().flatten().filter_map(cost).min_by_key(|(bytes, _)| *bytes)?;
     ((bytes as f64) < tensor.stored_len() as f64 * WORTH).then_some(weight)

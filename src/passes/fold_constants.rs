@@ -126,7 +126,8 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     if graph.output_count(node) != 1 || graph.is_output(node.out()) || !op.bodies.is_empty() || op.is(KEPT) {
         return None;
     }
-    if let Some(weight) = moved(graph, node) {
+    let is_alone = graph.operand(node, 0).is_some_and(|read| graph.sole_use(read).is_some());
+    if let Some(weight) = moved(graph, node).filter(|_| is_alone) {
         graph.settle(node, weight);
         return Some(());
     }

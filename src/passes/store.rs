@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{
     analysis::shapes::Shapes,
-    codec::Runtime,
-    ir::{Graph, Kind, NodeId, Op, Outlet, Storage, Tensor, Weight},
-    pass::{Context, Minimize, open_to_loss},
+    codec::{Runtime, is_hidden},
+    ir::{DType, Graph, Kind, NodeId, Op, Outlet, Storage, Tensor, Weight},
+    pass::{COUNTED_ONLY, Context, Minimize, open_to_loss},
     refit::Bias,
 };
 
@@ -74,9 +74,8 @@ impl Storing {
         }
         let (mut seen, mut stored) = (0, 0);
         self.run(graph, cx, true, &mut (&mut seen, &mut stored));
-        if stored > 0 {
-            cx.add("weights seen", seen);
-        }
+        cx.add(COUNTED_ONLY[0], seen - stored);
+        cx.add(COUNTED_ONLY[1], seen);
     }
 
     fn run(&self, graph: &mut Graph, cx: &mut Context, outermost: bool, counts: &mut (&mut usize, &mut usize)) {
@@ -120,9 +119,11 @@ impl Storing {
         counts: &mut (&mut usize, &mut usize),
     ) -> Vec<Choices> {
         let mut sites = Vec::new();
+        // What a budget has chosen before, another would only lower again.
+        let fewest = if self.is_fixed { self.ways.iter().map(|way| way.bits()).min().unwrap_or(8) } else { 8 };
         for id in graph.order() {
             let Kind::Const(_) = graph.kind(id) else { continue };
-            match Site::of(graph, id.out(), (statistics, cx), outermost) {
+            match Site::of(graph, id.out(), (statistics, cx), (outermost, fewest)) {
                 Ok(Some(site)) => sites.push(site),
                 Ok(None) => continue,
                 Err(why) => cx.decline(graph.name(id.out()), &why),
@@ -220,7 +221,8 @@ fn by_codes(graph: &mut Graph, node: NodeId, cx: &mut Context) -> Option<()> {
     const BLOCK: usize = 16;
     let op = graph.op(node)?.clone();
     let is_one = |name: &str| op.float(name).unwrap_or(1.0) == 1.0;
-    (is_one("alpha") && is_one("beta") && op.int("transA").unwrap_or(0) == 0).then_some(())?;
+    let is_plain = is_one("alpha") && is_one("beta") && op.int("transA").unwrap_or(0) == 0;
+    (is_plain && !is_hidden(graph, node)).then_some(())?;
     let (x, value) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
     let weight = graph.weight(value).filter(|_| graph.sole_use(value).is_some())?;
     let is_turned = op.int("transB") == Some(1);
@@ -232,7 +234,8 @@ fn by_codes(graph: &mut Graph, node: NodeId, cx: &mut Context) -> Option<()> {
         [tile, 1] => graph.opset() >= OPSETS.1 && tile >= BLOCK && tile.is_power_of_two(),
         _ => false,
     };
-    (fits && !affine.is_multiplied_by()).then_some(())?;
+    let is_single = affine.scales().dtype() == DType::Float;
+    (fits && is_single && !affine.is_multiplied_by()).then_some(())?;
     let multiplied = Weight::stored(Storage::Affine(affine.clone().to_multiply_by()))?;
     if op.is("MatMul") {
         graph.set_weight(value, multiplied);

@@ -3,17 +3,15 @@
 use std::borrow::Cow;
 
 use crate::{
-    codec::{Model, is_multiplied_by_codes},
+    codec::{Model, rounded_at_once},
     ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight},
 };
 
-/// Values that onnxruntime rounds with one scale, of those that it multiplies by codes.
-const BLOCK: usize = 32;
 /// The largest of the integers that it rounds them to.
 const LARGEST: f64 = 127.0;
 
-/// `model` with what its runtime rounds rounded: onnxruntime makes integers of eight bits of what it multiplies by codes, 32 values with
-/// one scale (`MatMulNBits` of accuracy level 4).
+/// `model` with what its runtime rounds rounded: onnxruntime makes integers of eight bits of what it multiplies by codes, as many with one scale as
+/// those of the weight have, or 32 (`MatMulNBits` of accuracy level 4).
 pub(super) fn simulated(model: &Model) -> Cow<'_, Model> {
     let mut graph = model.graph.clone();
     simulate(model, &mut graph);
@@ -26,10 +24,10 @@ pub(super) fn simulated(model: &Model) -> Cow<'_, Model> {
 
 fn simulate(model: &Model, graph: &mut Graph) {
     for id in graph.node_ids().collect::<Vec<_>>() {
-        if is_multiplied_by_codes(model, graph, id) {
+        if let Some(block) = rounded_at_once(model, graph, id) {
             let rows = graph.constant(id.out()).map_or(0, |tensor| tensor.dims()[0]);
             for (product, _) in graph.uses(id.out()) {
-                let _ = round_operand(graph, product, rows);
+                let _ = round_operand(graph, product, (rows, block));
             }
         }
     }
@@ -39,9 +37,9 @@ fn simulate(model: &Model, graph: &mut Graph) {
 }
 
 /// Has `product` read its first operand, of rows of so many values, rounded.
-fn round_operand(graph: &mut Graph, product: NodeId, width: usize) -> Option<()> {
+fn round_operand(graph: &mut Graph, product: NodeId, (width, block): (usize, usize)) -> Option<()> {
     let read = graph.operand(product, 0)?;
-    let block = if width.is_multiple_of(BLOCK) { BLOCK } else { width };
+    let block = if width.is_multiple_of(block) { block } else { width };
     let step = |graph: &mut Graph, op: Op, operands: &[Outlet]| {
         let operands: Vec<_> = operands.iter().copied().map(Some).collect();
         graph.add_op(op, &operands, &["rounded"], product).out()

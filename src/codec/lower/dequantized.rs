@@ -3,7 +3,7 @@
 use super::{Runtime, SHIFTS};
 use crate::{
     codec::Model,
-    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage},
+    ir::{Affine, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor},
 };
 
 /// The version from which on operators are there: `DequantizeLinear`, that of axes, of half precision and
@@ -56,7 +56,19 @@ impl Dequantized {
             (2 | 4, _) if is_product && opset >= SHIFTS => DType::Uint8,
             _ => return None,
         };
-        (affine.scales().dtype() == DType::Float || opset >= DEQUANTIZES_HALVES).then_some(())?;
+        match affine.scales().dtype() {
+            DType::Float => {}
+            DType::Float16 if opset >= DEQUANTIZES_HALVES && !is_product => {}
+            _ => return None,
+        }
+        let shift = if dtype == DType::Uint8 && affine.is_signed() { 1_i64 << (codes.bits() - 1) } else { 0 };
+        let bits = if dtype == DType::Uint8 { 8 } else { codes.bits() };
+        let held = match dtype {
+            DType::Int8 | DType::Int4 | DType::Int2 => -(1_i64 << (bits - 1))..1 << (bits - 1),
+            _ => 0..1 << bits,
+        };
+        let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_default();
+        zeros.iter().all(|zero| held.contains(&(zero + shift))).then_some(())?;
         let (dims, tile, grid) = (codes.dims(), codes.tile(), codes.grid());
         let cut: Vec<usize> = (0..dims.len()).filter(|&axis| grid[axis] > 1).collect();
         let is_single = |axis: usize| tile[axis] == 1;
@@ -73,9 +85,7 @@ impl Dequantized {
         // Of other products, onnxruntime makes floats each time anew.
         let is_fused = || match axis {
             Some((1, 1)) => true,
-            Some((0, block)) => {
-                block >= FUSED_BLOCK && block.is_power_of_two() && affine.scales().dtype() == DType::Float
-            }
+            Some((0, block)) => block >= FUSED_BLOCK && block.is_power_of_two(),
             _ => false,
         };
         (!is_product || runtime == Runtime::Generic || is_between_codes(graph, id) || is_fused()).then_some(())?;
@@ -87,7 +97,7 @@ impl Dequantized {
 const FUSED_BLOCK: usize = 16;
 
 /// Whether something multiplies the constant at `id` with what a `DequantizeLinear` makes: kernels of integers look for one before both.
-fn is_between_codes(graph: &Graph, id: NodeId) -> bool {
+pub(crate) fn is_between_codes(graph: &Graph, id: NodeId) -> bool {
     graph.uses(id.out()).into_iter().any(|(node, _)| {
         let read = graph.operand(node, 0).filter(|&value| value != id.out());
         read.is_some_and(|value| graph.op_of(value.node, "DequantizeLinear").is_some())
@@ -106,16 +116,24 @@ fn is_multiplied_by(graph: &Graph, id: NodeId) -> bool {
     !uses.is_empty() && uses.iter().all(is_product) && !graph.is_output(id.out()) && is_seen
 }
 
-/// Whether onnxruntime multiplies by the codes of the weight at `id` of a model, and rounds what it multiplies to eight bits where the
-/// file that was read does not: what is left as it was is run as it was.
-pub(crate) fn is_multiplied_by_codes(model: &Model, graph: &Graph, id: NodeId) -> bool {
-    let Some(weight) = graph.weight(id.out()).filter(|weight| weight.spelling().is_none()) else { return false };
-    let Storage::Affine(affine) = weight.storage() else { return false };
-    model.runtime == Runtime::Onnxruntime
+/// How many values onnxruntime rounds to eight bits with one scale before it multiplies them by the codes of the weight at `id` of a model,
+/// if it does where the file that was read does not: what is left as it was is run as it was. That is the block of the weight, and 32 where
+/// whole columns have a scale.
+pub(crate) fn rounded_at_once(model: &Model, graph: &Graph, id: NodeId) -> Option<usize> {
+    const OF_COLUMNS: usize = 32;
+    let weight = graph.weight(id.out()).filter(|weight| weight.spelling().is_none())?;
+    let Storage::Affine(affine) = weight.storage() else { return None };
+    let is_multiplied = model.runtime == Runtime::Onnxruntime
         && affine.is_multiplied_by()
         && is_multiplied_by(graph, id)
-        && !is_between_codes(graph, id)
-        && Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).is_some()
+        && !is_between_codes(graph, id);
+    let form = Dequantized::of(graph, id, affine, (model.runtime, model.ir_version())).filter(|_| is_multiplied)?;
+    Some(form.axis.map_or(OF_COLUMNS, |(_, block)| if block > 1 { block } else { OF_COLUMNS }))
+}
+
+/// Whether onnxruntime would not find the product that `node` is or would become.
+pub(crate) fn is_hidden(graph: &Graph, node: NodeId) -> bool {
+    matches!(hidden(graph, node), Some(Hidden::Otherwise))
 }
 
 /// What reads the product at `product`, or the sum of it and a constant, and hides it from onnxruntime (1.32), which looks for products
@@ -143,13 +161,13 @@ pub(super) fn hidden(graph: &Graph, product: NodeId) -> Option<Hidden> {
     }
 }
 
-/// The product that the larger of `value` and zero is taken of, if it is one with codes, or the sum of one and a constant.
-pub(in crate::codec) fn is_rectified_product(graph: &Graph, value: Outlet) -> bool {
+/// The codes that something is multiplied by to make `value`, or to make what `value` is the sum of and a constant.
+pub(in crate::codec) fn product_with_codes(graph: &Graph, value: Outlet) -> Option<Outlet> {
     let product = match graph.op_of(value.node, "Add") {
-        Some(_) => graph.operands(value.node).into_iter().flatten().find(|part| graph.constant(*part).is_none()),
-        None => Some(value),
+        Some(_) => graph.operands(value.node).into_iter().flatten().find(|part| graph.constant(*part).is_none())?,
+        None => value,
     };
-    let weight = product.filter(|product| graph.op_of(product.node, "MatMul").is_some());
-    let weight = weight.and_then(|product| graph.weight(graph.operand(product.node, 1)?));
-    weight.is_some_and(|weight| matches!(weight.storage(), Storage::Affine(affine) if affine.is_multiplied_by()))
+    graph.op_of(product.node, "MatMul")?;
+    let weight = graph.operand(product.node, 1)?;
+    matches!(graph.weight(weight)?.storage(), Storage::Affine(affine) if affine.is_multiplied_by()).then_some(weight)
 }

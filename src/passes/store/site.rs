@@ -6,10 +6,10 @@ use xxhash_rust::xxh3::Xxh3;
 use super::super::rewrite::{Known, Statistics, shape_of};
 use crate::{
     analysis::linear::Linear,
-    codec::{least_opset, spelled_bytes},
+    codec::{is_between_codes, least_opset, packs, spelled_bytes},
     coding::{self, Form, Plane},
     factor::{Metric, Shape},
-    ir::{DType, Graph, Inlet, Outlet, Tensor, Weight},
+    ir::{Codes, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor, Weight},
     pass::Context,
     refit::Bias,
 };
@@ -40,6 +40,16 @@ impl Way {
                 format!("takes operators of set {least}, and the model imports {opset}; bits=8 may not")
             }
             _ => "can't be cut in such blocks or vectors".to_owned(),
+        }
+    }
+
+    /// Bits of each element, about.
+    pub(super) fn bits(self) -> u32 {
+        match self {
+            Self::Half => 16,
+            Self::Exact => 8,
+            Self::Codes(form) => form.bits,
+            Self::Vectors(bits, width) => bits.div_ceil(width as u32),
         }
     }
 
@@ -100,22 +110,36 @@ pub(in crate::passes) struct Coded {
 const FEWEST: usize = 64;
 
 impl Site {
-    /// The weight that `value` is: a matrix at least, in the element type of floats, of more than a few elements. An error is why it is
-    /// none that may be stored otherwise.
+    /// The weight that `value` is: a matrix at least, in the element type of floats, of more than a few elements, in more than `fewest` bits.
+    /// An error is why it is none that may be stored otherwise.
     pub(super) fn of(
         graph: &Graph,
         value: Outlet,
         (statistics, cx): (&Statistics, &Context),
-        outermost: bool,
+        (outermost, fewest): (bool, u32),
     ) -> Result<Option<Self>, String> {
         let Some(weight) = graph.weight(value) else { return Ok(None) };
         let tensor = weight.value();
         let is_float = matches!(tensor.dtype(), DType::Float | DType::Double | DType::Float16);
-        if !is_float || tensor.dims().len() < 2 || tensor.len() < FEWEST {
+        // What has one axis only, such as a bias for each channel, has no rows.
+        let is_matrix = tensor.dims().iter().filter(|extent| **extent > 1).count() > 1;
+        let is_of_gates = |(node, inlet): &(NodeId, Inlet)| {
+            ["LSTM", "GRU", "RNN"].iter().any(|kind| graph.op_of(*node, kind).is_some()) && *inlet > Inlet::Slot(2)
+        };
+        let uses = graph.uses(value);
+        if !is_float || !is_matrix || tensor.len() < FEWEST || !uses.is_empty() && uses.iter().all(is_of_gates) {
             return Ok(None);
         }
-        if weight.is_stored() {
-            return Err("is stored in fewer bytes already".to_owned());
+        let bits = match weight.storage() {
+            Storage::Dense => None,
+            Storage::Half => Some(16),
+            Storage::Affine(_) | Storage::Codebook(_) if !is_between_codes(graph, value.node) => {
+                weight.storage().codes().map(Codes::bits)
+            }
+            _ => Some(0),
+        };
+        if bits.is_some_and(|bits| bits <= fewest) {
+            return Err("is stored in as few bits already, or between integers".to_owned());
         }
         let linear = layers(graph, value).unwrap_or_default();
         let nodes: Vec<_> = graph.uses(value).into_iter().map(|(node, _)| graph.label(node)).collect();
@@ -156,7 +180,7 @@ impl Site {
             name: graph.name(value).to_owned(),
             label,
             readers: linear.len().max(1),
-            whole: tensor.byte_len() as f64,
+            whole: weight.stored_bytes() as f64,
             plane: Plane::new(tensor.dims(), linear.first()),
             linear,
             shape,
@@ -180,7 +204,7 @@ impl Site {
         };
         let weight = match way {
             Way::Half => half(tensor, &values)?,
-            Way::Exact => coding::exact_table(tensor)?,
+            Way::Exact => coding::exact_table(tensor, packs(graph.opset()))?,
             Way::Codes(form) => {
                 (graph.opset() >= least_opset(form)).then_some(())?;
                 let tile = self.plane.tile(form.tiling)?;
