@@ -24,6 +24,11 @@ use crate::{
     ir::{Affine, Codebook, Codes, DType, Storage, Tensor, Weight},
 };
 
+/// Rows that one task codes.
+const ROWS: usize = 128;
+/// What is added to the covariance for GPTQ, as a share of the mean of its diagonal (algorithms.md §6.3).
+const DAMPING: f64 = 0.01;
+
 /// What codes stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scheme {
@@ -58,8 +63,9 @@ pub fn nearest(
     let places = Codes::new(dims, 8, tile, vec![0; values.len()].into())?;
     let grid = places.grid();
     let count = grid.iter().product::<usize>();
+    let places: Vec<usize> = places.tiles().collect();
     let mut tiles: Vec<Vec<(f64, f64)>> = vec![Vec::with_capacity(values.len() / count.max(1)); count];
-    for (i, (&value, tile)) in values.iter().zip(places.tiles()).enumerate() {
+    for (i, (&value, &tile)) in values.iter().zip(&places).enumerate() {
         tiles[tile].push((value, importance.map_or(1.0, |importance| importance[i])));
     }
     let levels = match scheme {
@@ -76,8 +82,7 @@ pub fn nearest(
     };
     drop(tiles);
     let levels = levels.rounded(dtype)?;
-    let codes: Vec<u8> =
-        values.iter().zip(places.tiles()).map(|(&value, tile)| levels.nearest(tile, value).0).collect();
+    let codes: Vec<u8> = values.par_iter().zip(&places).map(|(&value, &tile)| levels.nearest(tile, value).0).collect();
     levels.store(Codes::new(dims, bits, tile, codes.into())?, dtype)
 }
 

@@ -13,6 +13,7 @@
 //! - every body keeps all of these.
 
 mod check;
+mod codes;
 mod edit;
 mod extract;
 mod inline;
@@ -32,8 +33,9 @@ use petgraph::{
 
 pub use self::{
     check::InvalidGraph,
+    codes::Codes,
     op::{Body, Op},
-    storage::{Affine, Codebook, Codes, Storage},
+    storage::{Affine, Codebook, Storage},
     tensor::{DType, Tensor, TensorError},
     vectors::Vectors,
     weight::{Const, Weight},

@@ -7,10 +7,11 @@ use faer::{MatRef, Side};
 use nalgebra::DMatrix;
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
+use rayon::prelude::*;
 
 pub use self::solve::{
     Cholesky, add_cross, add_gram, add_product_of, energy, product, solve_lower, solve_lower_transposed,
-    subtract_product,
+    subtract_product, upper_root,
 };
 
 /// Directions beyond the wanted rank that subspace iteration carries along (Halko, Martinsson & Tropp 2011 advise 5 to 10).
@@ -128,10 +129,22 @@ pub fn least_rank(mut matrix: DMatrix<f64>) -> usize {
     sizes().filter(|pivot| *pivot > TINY * largest).count()
 }
 
-/// The elements of a matrix of rows of this width, column by column.
+/// The elements of a matrix of rows of this width, column by column; copied by squares that stay in the cache.
 #[must_use]
 pub fn transposed(values: &[f64], width: usize) -> Vec<f64> {
-    DMatrix::from_row_slice(values.len() / width, width, values).as_slice().to_vec()
+    const SIDE: usize = 32;
+    let rows = values.len() / width.max(1);
+    let mut turned = vec![0.0; rows * width];
+    turned.par_chunks_mut((rows * SIDE).max(1)).enumerate().for_each(|(block, part)| {
+        for begin in (0..rows).step_by(SIDE) {
+            for (i, column) in part.chunks_mut(rows).enumerate() {
+                for (row, element) in column.iter_mut().enumerate().skip(begin).take(SIDE) {
+                    *element = values[row * width + block * SIDE + i];
+                }
+            }
+        }
+    });
+    turned
 }
 
 /// A draw from the standard normal distribution (Box & Muller 1958), the same on every machine.

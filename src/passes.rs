@@ -45,8 +45,9 @@ use crate::pass::PassInfo;
 /// would be work for the others, and branches that are always taken are put in place next since what is in them is, too.
 /// Identities go before folding since they hide constants, and folding before merging since it makes equal constants.
 /// `Transpose`s go before the fusions since they stand between what is fused: activations first, then the sums and products
-/// that go into the layers around them. Constants are shared late, since what is shared can't be fused, and stored otherwise
-/// once nothing else finds work.
+/// that go into the layers around them. Constants are shared late, since what is shared can't be fused. Weights of few
+/// values become tables before anything else, since fusions make many values of few; other forms of storage wait until
+/// nothing else finds work.
 pub const PASSES: &[PassInfo] = &[
     PassInfo::of::<dead_nodes::DeadNodes>(),
     PassInfo::of::<control_flow::ControlFlow>(),

@@ -6,6 +6,7 @@ use nalgebra::DMatrix;
 
 use crate::{
     ir::{Graph, NodeId, Op, Outlet, tensor::is_float},
+    linalg::transposed,
     verify::Value,
 };
 
@@ -307,7 +308,7 @@ impl Linear {
                 let place = |row: usize, column: usize| self.place_of_tap(row, column);
                 DMatrix::from_fn(self.rows, self.columns, |row, column| values[place(row, column)])
             }
-            _ => DMatrix::from_row_slice(self.rows, self.columns, values),
+            _ => DMatrix::from_vec(self.rows, self.columns, transposed(values, self.columns)),
         };
         values.chunks_exact(size).take(self.groups).map(group).collect()
     }
@@ -326,9 +327,9 @@ impl Linear {
                 }
                 values
             }
-            _ => matrix.transpose().as_slice().to_vec(),
+            _ => transposed(matrix.as_slice(), matrix.nrows()),
         };
-        matrices.iter().flat_map(flat).collect()
+        matrices.iter().map(flat).collect::<Vec<_>>().concat()
     }
 
     /// Where an element of the matrix of a group stands in the filters of a `Conv` by pixels.

@@ -6,8 +6,8 @@ use crate::ir::{DType, Storage, Tensor};
 pub(super) enum Levels {
     /// s·(q − z).
     Uniform { scales: Vec<f64>, zeros: Option<Vec<f64>>, signed: bool, range: (f64, f64) },
-    /// Entries of tables, one after the other; `order` are the codes of each by the size of what they stand for.
-    Tables { tables: Vec<f64>, entries: usize, order: Vec<u8> },
+    /// Entries of tables, one after the other; `order` are the codes of each by what they stand for, which is `sorted`.
+    Tables { tables: Vec<f64>, entries: usize, order: Vec<u8>, sorted: Vec<f64> },
 }
 
 /// The least and the greatest signed code of so many bits. Those of eight bits are as far from zero on both sides, as kernels of
@@ -25,6 +25,16 @@ pub(super) fn whole(value: f64, low: f64, high: f64) -> f64 {
     value.clamp(low, high) + INTEGERS - INTEGERS
 }
 
+/// How many of `sorted` are less than `value`. Few are counted, which takes no branches.
+#[inline]
+fn below(sorted: &[f64], value: f64) -> usize {
+    const FEW: usize = 32;
+    if sorted.len() > FEW {
+        return sorted.partition_point(|&level| level < value);
+    }
+    sorted.iter().map(|&level| usize::from(level < value)).sum()
+}
+
 impl Levels {
     pub(super) fn uniform(scales: Vec<f64>, zeros: Option<Vec<f64>>, signed: bool, range: (f64, f64)) -> Self {
         Self::Uniform { scales, zeros, signed, range }
@@ -36,8 +46,10 @@ impl Levels {
             order.sort_by(|&a, &b| table[usize::from(a)].total_cmp(&table[usize::from(b)]));
             order
         };
-        let order = tables.chunks(entries.max(1)).flat_map(sorted).collect();
-        Self::Tables { tables: tables.to_vec(), entries, order }
+        let order: Vec<u8> = tables.chunks(entries.max(1)).flat_map(sorted).collect();
+        let value = |(i, &code): (usize, &u8)| tables[i / entries * entries + usize::from(code)];
+        let sorted = order.iter().enumerate().map(value).collect();
+        Self::Tables { tables: tables.to_vec(), entries, order, sorted }
     }
 
     /// Those of a weight, if it is made of codes.
@@ -76,17 +88,13 @@ impl Levels {
                 let code = if code.is_finite() { whole(code, low - zero, high - zero) + zero } else { zero };
                 (code as i32 as u8, scale * (code - zero))
             }
-            Self::Tables { tables, entries, order } => {
-                let (table, order) = (&tables[tile * entries..][..*entries], &order[tile * entries..][..*entries]);
-                let above = order.partition_point(|&code| table[usize::from(code)] < value);
-                let distance = |code: &u8| (table[usize::from(*code)] - value).abs();
-                let near = &order[above.saturating_sub(1)..(above + 1).min(*entries)];
-                let code = match *near {
-                    [a, b] if distance(&b) < distance(&a) => b,
-                    [a, ..] => a,
-                    [] => 0,
-                };
-                (code, table[usize::from(code)])
+            Self::Tables { entries, order, sorted, .. } => {
+                let (order, sorted) = (&order[tile * entries..][..*entries], &sorted[tile * entries..][..*entries]);
+                let mut place = below(sorted, value).min(entries - 1);
+                if place > 0 && (value - sorted[place - 1]).abs() <= (sorted[place] - value).abs() {
+                    place -= 1;
+                }
+                (order[place], sorted[place])
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use nalgebra::DMatrix;
 
-use crate::analysis::linear::Linear;
+use crate::{analysis::linear::Linear, linalg::transposed};
 
 /// What shares a scale or a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -76,7 +76,8 @@ impl Plane {
             return linear.matrices(values);
         }
         let rows = if self.dims.len() > 1 { self.dims[0] } else { 1 };
-        vec![DMatrix::from_row_slice(rows, values.len() / rows.max(1), values)]
+        let columns = values.len() / rows.max(1);
+        vec![DMatrix::from_vec(rows, columns, transposed(values, columns))]
     }
 
     /// The elements of the weight whose matrices these are.
@@ -84,7 +85,9 @@ impl Plane {
     pub fn elements(&self, matrices: &[DMatrix<f64>]) -> Vec<f64> {
         match &self.linear {
             Some(linear) => linear.elements(matrices),
-            None => matrices.iter().flat_map(|matrix| matrix.transpose().as_slice().to_vec()).collect(),
+            None => {
+                matrices.iter().map(|matrix| transposed(matrix.as_slice(), matrix.nrows())).collect::<Vec<_>>().concat()
+            }
         }
     }
 }

@@ -6,19 +6,15 @@ use std::collections::BTreeMap;
 use nalgebra::{DMatrix, DVector};
 use rayon::prelude::*;
 
-use super::{Plane, Scheme, levels::Levels, nearest};
+use super::{DAMPING, Plane, ROWS, Scheme, levels::Levels, nearest};
 use crate::{
     factor::Metric,
     ir::{Codes, DType, Storage},
-    linalg::{Cholesky, add_product_of, energy, product},
+    linalg::{Cholesky, add_product_of, energy, product, upper_root},
 };
 
 /// Columns between which errors are carried on at once.
 const BLOCK: usize = 128;
-/// Rows that one task codes.
-const ROWS: usize = 128;
-/// What is added to the covariance for GPTQ, as a share of the mean of its diagonal (algorithms.md §6.3).
-const DAMPING: f64 = 0.01;
 /// Rounds of coordinate descent.
 const ROUNDS: usize = 3;
 /// Multiply-adds beyond which there is one round less for each multiple.
@@ -26,9 +22,8 @@ const WORK: f64 = 2e10;
 /// Multiply-adds that tables take at most: of more rows, equally spaced ones tell.
 const TABLE_WORK: f64 = 4e8;
 
-/// `values`, of a weight that `plane` lays out, as codes of so many bits for tiles of these extents: those for which tr(ΔW·C·ΔWᵀ) is least as far as can be found, for C
-/// of each group by `metrics`. `None` where
-/// it holds values that are not finite.
+/// `values`, of a weight that `plane` lays out, as codes of so many bits for tiles of these extents: those for which
+/// tr(ΔW·C·ΔWᵀ) is least as far as can be found, for C of each group by `metrics`. `None` where a value is not finite.
 #[must_use]
 pub fn fit(
     (plane, (scheme, bits, tile)): (&Plane, (Scheme, u32, &[usize])),
@@ -158,10 +153,9 @@ impl Problem {
     /// GPTQ: each column takes over what the ones before it lost, as far as it can: with H = R·Rᵀ, R upper triangular,
     /// `(ΔW·R)_j = R_jj·(Δw_j + Σ_{i<j} Δw_i·R_ij / R_jj)`, of which all but the rounding of column j is given.
     fn carry_on(&mut self, levels: &Levels) {
-        let Some((factor, _)) = Cholesky::ridged(&reversed(&self.covariance), DAMPING) else {
+        let Some(mut carried) = upper_root(&self.covariance, DAMPING) else {
             return self.round(levels);
         };
-        let mut carried = factor.upper_root_of_reversed();
         for (j, mut column) in carried.column_iter_mut().enumerate() {
             let scale = column[j].recip();
             column.scale_mut(scale);
@@ -234,11 +228,6 @@ impl Problem {
     }
 }
 
-fn reversed(matrix: &DMatrix<f64>) -> DMatrix<f64> {
-    let last = matrix.nrows().max(1) - 1;
-    DMatrix::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(last - i, last - j)])
-}
-
 /// Other scales or tables for the codes that there are, where the error is less with them.
 fn improve(levels: &mut Levels, problems: &[Problem]) {
     let error = |levels: &Levels| problems.iter().map(|problem| problem.error(levels)).sum::<f64>();
@@ -282,8 +271,8 @@ impl Problem {
     }
 }
 
-/// The scale of each tile that is best while those of the others are as they are: s + ⟨q, −ΔW·C⟩ / ⟨q, q·C⟩, q of that tile alone, half the
-/// way where several tiles are in one row.
+/// The scale of each tile that is best while those of the others are as they are: s + ⟨q, −ΔW·C⟩ / ⟨q, q·C⟩, q of that
+/// tile alone, half the way where several tiles are in one row.
 fn scales(levels: &Levels, problems: &[Problem]) -> Option<Levels> {
     let Levels::Uniform { scales, zeros, signed, range } = levels else { return None };
     let (mut along, mut curve) = (vec![0.0; scales.len()], vec![0.0; scales.len()]);

@@ -6,21 +6,17 @@ use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rayon::prelude::*;
 
-use super::Plane;
+use super::{DAMPING, Plane, ROWS};
 use crate::{
     factor::Metric,
     ir::{Codes, DType, Storage, Tensor, Vectors},
-    linalg::{Cholesky, add_product_of},
+    linalg::{add_product_of, upper_root},
 };
 
 /// Vectors that k-means looks at; of more, equally spaced ones.
 const MOST: usize = 1 << 14;
 /// Rounds of k-means.
 const ROUNDS: usize = 12;
-/// Rows that one task codes.
-const ROWS: usize = 128;
-/// What is added to the covariance, as a share of the mean of its diagonal.
-const DAMPING: f64 = 0.01;
 
 /// A table, each vector a column.
 struct Table(DMatrix<f64>);
@@ -81,13 +77,10 @@ impl Problem {
                 Self { weight, metrics, carried: None }
             }
             Metric::Full(covariance) => {
-                let last = covariance.nrows() - 1;
-                let reversed = DMatrix::from_fn(last + 1, last + 1, |i, j| covariance[(last - i, last - j)]);
-                let Some((factor, _)) = Cholesky::ridged(&reversed, DAMPING) else {
+                // With C = R·Rᵀ, R upper triangular, a vector that comes after others has R_bb·R_bbᵀ for its metric.
+                let Some(mut carried) = upper_root(covariance, DAMPING) else {
                     return Self::new(weight, &Metric::Identity, width);
                 };
-                // With C = R·Rᵀ, R upper triangular, a vector that comes after others has R_bb·R_bbᵀ for its metric.
-                let mut carried = factor.upper_root_of_reversed();
                 let mut metrics = Vec::with_capacity(blocks);
                 for block in 0..blocks {
                     let own = carried.view((block * width, block * width), (width, width)).into_owned();

@@ -1,188 +1,11 @@
 //! Forms in which a file keeps a weight other than element by element: integers of few bits, and what they stand for.
 
-use std::ops::Range;
-
-use bytes::Bytes;
 use half::f16;
 
 use super::{
-    Vectors,
-    tensor::{DType, Tensor, strides},
+    Codes, Vectors,
+    tensor::{DType, Tensor},
 };
-
-/// Integers of few bits, one for each element of a weight, and the tiles of it that share a scale or a table.
-#[derive(Clone, Debug)]
-pub struct Codes {
-    /// The shape of the weight.
-    dims: Vec<usize>,
-    /// Bits of each, 1 to 8.
-    bits: u32,
-    /// The extents of a tile: along each axis all of it, one element, or a block; the last block may be shorter.
-    tile: Vec<usize>,
-    /// A byte for each, in row-major order.
-    bytes: Bytes,
-}
-
-impl Codes {
-    /// Codes for a weight of shape `dims`, a byte for each element, of which tiles of the extents of `tile` share what they stand
-    /// for; `None` where the lengths do not fit or a code takes more than so many bits.
-    #[must_use]
-    pub fn new(dims: &[usize], bits: u32, tile: &[usize], bytes: Bytes) -> Option<Self> {
-        let is_whole = bytes.len() == dims.iter().product::<usize>() && tile.len() == dims.len();
-        let tile: Vec<_> = tile.iter().zip(dims).map(|(&tile, &extent)| tile.min(extent.max(1))).collect();
-        let fits = (1..=8).contains(&bits) && tile.iter().all(|&tile| tile > 0);
-        (is_whole && fits).then(|| Self { dims: dims.to_vec(), bits, tile, bytes })
-    }
-
-    /// The shape of the weight.
-    #[must_use]
-    pub fn dims(&self) -> &[usize] {
-        &self.dims
-    }
-
-    /// Bits of each code.
-    #[must_use]
-    pub fn bits(&self) -> u32 {
-        self.bits
-    }
-
-    /// The extents of a tile.
-    #[must_use]
-    pub fn tile(&self) -> &[usize] {
-        &self.tile
-    }
-
-    /// A byte for each code, in row-major order.
-    #[must_use]
-    pub fn bytes(&self) -> &Bytes {
-        &self.bytes
-    }
-
-    /// How many tiles there are along each axis.
-    #[must_use]
-    pub fn grid(&self) -> Vec<usize> {
-        self.dims.iter().zip(&self.tile).map(|(extent, tile)| extent.div_ceil(*tile)).collect()
-    }
-
-    /// The extents of tiles like these in a weight of another shape: along each axis all of it where they were, else as before; all of the
-    /// weight where it has other axes.
-    pub(crate) fn tile_for(&self, dims: &[usize]) -> Vec<usize> {
-        if dims.len() != self.dims.len() {
-            return dims.to_vec();
-        }
-        let axes = self.tile.iter().zip(&self.dims).zip(dims);
-        axes.map(|((&tile, old), &new)| if tile >= *old && *old > 1 { new } else { tile }.max(1)).collect()
-    }
-
-    /// The tile that each element is in, in row-major order.
-    pub(crate) fn tiles(&self) -> impl Iterator<Item = usize> + use<> {
-        let steps = strides(&self.grid());
-        let axes = self.dims.iter().zip(&self.tile).zip(steps);
-        let places: Vec<Vec<usize>> =
-            axes.map(|((&extent, &tile), step)| (0..extent).map(|i| i / tile * step).collect()).collect();
-        let (mut index, total) = (vec![0_usize; places.len()], self.bytes.len());
-        let mut own: usize = 0;
-        (0..total).map(move |_| {
-            let here = own;
-            for axis in (0..places.len()).rev() {
-                let places = &places[axis];
-                own -= places[index[axis]];
-                index[axis] += 1;
-                if index[axis] < places.len() {
-                    own += places[index[axis]];
-                    break;
-                }
-                index[axis] = 0;
-                own += places[0];
-            }
-            here
-        })
-    }
-
-    fn as_tensor(&self) -> Tensor {
-        Tensor::made(DType::Uint8, &self.dims, self.bytes.clone())
-    }
-
-    /// The slices `indices` along `axis`, and the tiles along it that what they stand for is taken from.
-    pub(super) fn select(&self, axis: usize, indices: &[usize]) -> Option<(Self, Vec<usize>)> {
-        let bytes = self.as_tensor().select(axis, indices)?.bytes();
-        let (mut dims, mut tile) = (self.dims.clone(), self.tile.clone());
-        let (extent, old) = (dims[axis], tile[axis]);
-        dims[axis] = indices.len();
-        if old >= extent {
-            tile[axis] = indices.len().max(1);
-            return Some((Self::new(&dims, self.bits, &tile, bytes)?, vec![0; usize::from(!indices.is_empty())]));
-        }
-        // The largest blocks none of which is cut from two.
-        let is_whole = |block: &[usize]| block.iter().all(|index| index / old == block[0] / old);
-        let size = (1..=old).rev().find(|&size| indices.chunks(size).all(is_whole)).unwrap_or(1);
-        tile[axis] = size;
-        let taken = indices.chunks(size).map(|block| block[0] / old).collect();
-        Some((Self::new(&dims, self.bits, &tile, bytes)?, taken))
-    }
-
-    pub(super) fn permute(&self, perm: &[usize]) -> Option<Self> {
-        let bytes = self.as_tensor().permute(perm)?.bytes();
-        let along = |extents: &[usize]| perm.iter().map(|&axis| extents[axis]).collect::<Vec<_>>();
-        Self::new(&along(&self.dims), self.bits, &along(&self.tile), bytes)
-    }
-
-    /// The same codes in another shape, where its tiles are the same; what they stand for keeps its order.
-    fn reshape(&self, dims: &[usize]) -> Option<Self> {
-        let mut tile = Vec::with_capacity(dims.len());
-        for (old, new) in runs(&self.dims, dims)? {
-            tile.extend(retiled(&self.dims[old.clone()], &self.tile[old], &dims[new])?);
-        }
-        Self::new(dims, self.bits, &tile, self.bytes.clone())
-    }
-}
-
-/// Runs of axes of both shapes that have equally many elements, as short as can be; `None` where the shapes have not.
-fn runs(old: &[usize], new: &[usize]) -> Option<Vec<(Range<usize>, Range<usize>)>> {
-    let (mut runs, mut i, mut j) = (Vec::new(), 0, 0);
-    while i < old.len() || j < new.len() {
-        let begin = (i, j);
-        let (mut a, mut b) = (old.get(i).copied().unwrap_or(1), new.get(j).copied().unwrap_or(1));
-        (i, j) = ((i + 1).min(old.len()), (j + 1).min(new.len()));
-        while a != b {
-            let (side, axes, place) = if a < b { (&mut a, old, &mut i) } else { (&mut b, new, &mut j) };
-            *side *= axes.get(*place)?;
-            *place += 1;
-        }
-        runs.push((begin.0..i, begin.1..j));
-    }
-    Some(runs)
-}
-
-/// The tiles of a run of axes in another shape of as many elements.
-fn retiled(dims: &[usize], tile: &[usize], new: &[usize]) -> Option<Vec<usize>> {
-    if dims == new {
-        return Some(tile.to_vec());
-    }
-    if tile == dims {
-        return Some(new.to_vec());
-    }
-    if tile.iter().all(|&tile| tile == 1) {
-        return Some(vec![1; new.len()]);
-    }
-    // What follows each other in one tile is so many elements.
-    let whole = tile.iter().zip(dims).rev().take_while(|(tile, extent)| tile == extent).count();
-    let (outer, inner) = tile.split_at(tile.len() - whole);
-    let (last, rest) = outer.split_last()?;
-    rest.iter().all(|&tile| tile == 1).then_some(())?;
-    let mut size = last * inner.iter().product::<usize>();
-    (*last == 1 || dims[outer.len() - 1].is_multiple_of(*last)).then_some(())?;
-    let mut tiles = Vec::with_capacity(new.len());
-    for &extent in new.iter().rev() {
-        let along = if size >= extent { extent } else { size };
-        (extent.is_multiple_of(along) && size.is_multiple_of(along)).then_some(())?;
-        tiles.push(along);
-        size /= along;
-    }
-    (size == 1).then_some(())?;
-    tiles.reverse();
-    Some(tiles)
-}
 
 /// Codes q that stand for s·(q − z), with a scale s and perhaps a zero point z for each tile.
 #[derive(Clone, Debug)]
@@ -236,8 +59,8 @@ impl Affine {
     /// without, and unsigned ones with zero points.
     fn plain(self) -> Self {
         let Some(zeros) = self.zeros.as_ref().and_then(Tensor::i64s) else { return self };
-        let half = 1_i64 << (self.codes.bits - 1);
-        let is_packed = self.codes.bits < 8;
+        let half = 1_i64 << (self.codes.bits() - 1);
+        let is_packed = self.codes.bits() < 8;
         let are_all = |wanted: i64| zeros.iter().all(|&zero| zero == wanted);
         if are_all(0) {
             return Self { zeros: None, ..self };
@@ -246,10 +69,10 @@ impl Affine {
             return self;
         }
         let shift = if self.signed { half } else { -half };
-        let bytes: Vec<u8> = self.codes.bytes.iter().map(|byte| byte.wrapping_add(shift as u8)).collect();
+        let bytes: Vec<u8> = self.codes.bytes().iter().map(|byte| byte.wrapping_add(shift as u8)).collect();
         let moved: Vec<_> = zeros.iter().map(|zero| zero + shift).collect();
         let zeros = if self.signed { Tensor::integers(DType::Int32, self.scales.dims(), &moved) } else { None };
-        Self { codes: Codes { bytes: bytes.into(), ..self.codes }, signed: !self.signed, zeros, ..self }
+        Self { codes: self.codes.with_bytes(bytes), signed: !self.signed, zeros, ..self }
     }
 
     /// The codes.
@@ -282,22 +105,21 @@ impl Affine {
         let dtype = self.scales.dtype();
         let code = |byte: u8| if self.signed { i32::from(byte as i8) } else { i32::from(byte) };
         let shifted = |byte: u8, tile: usize| code(byte) - zeros.as_ref().map_or(0, |zeros| zeros[tile] as i32);
-        let places = self.codes.bytes.iter().zip(self.codes.tiles());
+        let places = self.codes.bytes().iter().zip(self.codes.tiles());
         if dtype == DType::Float {
             let scales: Vec<f32> = scales.iter().map(|&scale| scale as f32).collect();
             let values: Vec<f32> = places.map(|(&byte, tile)| shifted(byte, tile) as f32 * scales[tile]).collect();
-            return Some(Tensor::f32(&self.codes.dims, &values));
+            return Some(Tensor::f32(self.codes.dims(), &values));
         }
         // Products of eight bits with the eleven of half precision are exact, and rounded once.
         let values: Vec<f64> = places.map(|(&byte, tile)| f64::from(shifted(byte, tile)) * scales[tile]).collect();
-        Tensor::floats(dtype, &self.codes.dims, &values)
+        Tensor::floats(dtype, self.codes.dims(), &values)
     }
 
     /// The same with tiles of `size` along `axis`, which divides those that there are or their last.
     pub(crate) fn cut(&self, axis: usize, size: usize) -> Option<Self> {
-        let (mut codes, old) = (self.codes.clone(), self.codes.tile[axis]);
-        codes.tile[axis] = size;
-        let taken: Vec<_> = (0..codes.dims[axis]).step_by(size.max(1)).map(|index| index / old).collect();
+        let (codes, old) = (self.codes.clone().cut(axis, size), self.codes.tile()[axis]);
+        let taken: Vec<_> = (0..codes.dims()[axis]).step_by(size.max(1)).map(|index| index / old).collect();
         let scales = self.scales.select(axis, &taken)?;
         let zeros = match &self.zeros {
             Some(zeros) => Some(zeros.select(axis, &taken)?),
@@ -309,20 +131,20 @@ impl Affine {
     /// The same with codes of eight bits in bytes without a sign, as kernels of integers tell weights apart.
     fn without_sign(self) -> Self {
         const HALF: u8 = 128;
-        if !self.signed || self.codes.bits != 8 {
+        if !self.signed || self.codes.bits() != 8 {
             return self;
         }
-        let bytes: Vec<u8> = self.codes.bytes.iter().map(|byte| byte.wrapping_add(HALF)).collect();
+        let bytes: Vec<u8> = self.codes.bytes().iter().map(|byte| byte.wrapping_add(HALF)).collect();
         let before = self.zeros.as_ref().and_then(Tensor::i64s).unwrap_or_else(|| vec![0; self.scales.len()]);
         let zeros: Vec<_> = before.iter().map(|zero| zero + i64::from(HALF)).collect();
         let zeros = Tensor::integers(DType::Int32, self.scales.dims(), &zeros);
-        Self { codes: Codes { bytes: bytes.into(), ..self.codes }, signed: false, zeros, ..self }
+        Self { codes: self.codes.with_bytes(bytes), signed: false, zeros, ..self }
     }
 
     /// The same codes with each slice along `axis` multiplied by a factor, unless each element then had a scale.
     fn scaled(&self, axis: usize, factors: &[f64]) -> Option<Self> {
         let Self { codes, scales, zeros, .. } = self.cut(axis, 1)?;
-        (scales.len() < codes.bytes.len()).then_some(())?;
+        (scales.len() < codes.bytes().len()).then_some(())?;
         let inner: usize = scales.dims()[axis + 1..].iter().product();
         let own = |i: usize| factors[i / inner.max(1) % factors.len()];
         let values: Vec<_> = scales.f64s()?.iter().enumerate().map(|(i, scale)| scale * own(i)).collect();
@@ -343,7 +165,7 @@ impl Codebook {
     #[must_use]
     pub fn new(codes: Codes, tables: Tensor) -> Option<Self> {
         let (entries, grid) = tables.dims().split_last()?;
-        let fits = grid == codes.grid() && codes.bytes.iter().all(|&code| usize::from(code) < *entries);
+        let fits = grid == codes.grid() && codes.bytes().iter().all(|&code| usize::from(code) < *entries);
         let is_float = super::tensor::is_float(tables.dtype());
         (fits && is_float).then_some(Self { codes, tables })
     }
@@ -369,11 +191,11 @@ impl Codebook {
     /// The values.
     fn decode(&self) -> Option<Tensor> {
         let (table, entries, size) = (self.tables.bytes(), self.entries(), self.tables.element_size()?);
-        let mut bytes = Vec::with_capacity(self.codes.bytes.len() * size);
-        for (&code, tile) in self.codes.bytes.iter().zip(self.codes.tiles()) {
+        let mut bytes = Vec::with_capacity(self.codes.bytes().len() * size);
+        for (&code, tile) in self.codes.bytes().iter().zip(self.codes.tiles()) {
             bytes.extend_from_slice(&table[(tile * entries + usize::from(code)) * size..][..size]);
         }
-        Some(Tensor::made(self.tables.dtype(), &self.codes.dims, bytes.into()))
+        Some(Tensor::made(self.tables.dtype(), self.codes.dims(), bytes.into()))
     }
 }
 
@@ -427,12 +249,12 @@ impl Storage {
 
     /// Whether scales and tables are for more than one element each: else the elements themselves take no more.
     pub(super) fn is_shared(&self) -> bool {
-        self.codes().is_none_or(|codes| codes.bytes.len() < 2 || codes.tile.iter().any(|&tile| tile > 1))
+        self.codes().is_none_or(|codes| codes.bytes().len() < 2 || codes.tile().iter().any(|&tile| tile > 1))
     }
 
     /// Bytes of codes, scales and tables for `value`, as written.
     pub(super) fn bytes(&self, value: &Tensor) -> usize {
-        let packed = |codes: &Codes| (codes.bytes.len() * codes.bits as usize).div_ceil(8);
+        let packed = |codes: &Codes| (codes.bytes().len() * codes.bits() as usize).div_ceil(8);
         match self {
             Self::Dense => value.stored_len(),
             Self::Half => value.len() * size_of::<f16>(),
@@ -511,7 +333,7 @@ impl Storage {
         /// What is left over is rounding of single precision.
         const ROUNDING: f64 = 1e-6;
         let Self::Affine(affine) = self else { return None };
-        let dims = &affine.codes.dims;
+        let dims = affine.codes.dims();
         let along = |axis: usize| {
             let (count, inner): (_, usize) = (dims[axis], dims[axis + 1..].iter().product());
             let mut largest = vec![(0.0_f64, 1.0); count];

@@ -1,7 +1,7 @@
 //! Weights stored as indices of short vectors.
 
 use super::{
-    storage::Codes,
+    Codes,
     tensor::{Tensor, is_float},
 };
 

@@ -135,20 +135,23 @@ impl Cholesky {
         owned(self.0.L())
     }
 
-    /// An upper triangular R with R·Rᵀ = A, where this is the factor of A with its rows and columns in reverse.
-    #[must_use]
-    pub fn upper_root_of_reversed(&self) -> DMatrix<f64> {
-        let lower = self.0.L();
-        let last = lower.nrows().max(1) - 1;
-        DMatrix::from_fn(lower.nrows(), lower.ncols(), |i, j| lower[(last - i, last - j)])
-    }
-
     /// (C + λI)⁻¹, for methods that update the inverse itself.
     #[must_use]
     pub fn inverse(&self, size: usize) -> DMatrix<f64> {
         let solved = self.0.solve(Mat::<f64>::identity(size, size));
         owned(solved.as_ref())
     }
+}
+
+/// An upper triangular R with R·Rᵀ = C + λI for a symmetric C, λ as [`Cholesky::ridged`] has it; `None` where that has none.
+#[must_use]
+pub fn upper_root(covariance: &DMatrix<f64>, ridge: f64) -> Option<DMatrix<f64>> {
+    let size = covariance.nrows();
+    let reversed =
+        |of: &dyn Fn(usize, usize) -> f64| DMatrix::from_fn(size, size, |i, j| of(size - 1 - i, size - 1 - j));
+    let (factor, _) = Cholesky::ridged(&reversed(&|i, j| covariance[(i, j)]), ridge)?;
+    let lower = factor.0.L();
+    Some(reversed(&|i, j| lower[(i, j)]))
 }
 
 /// X with L·X = B for a lower triangular L.

@@ -106,7 +106,8 @@ impl Default for Engine {
 }
 
 impl Engine {
-    /// ONNX Runtime, loaded from the shared library at `path`; it runs files as they are written, without optimizations.
+    /// ONNX Runtime, loaded from the shared library at `path`; it runs models without optimizations, the weights that a form
+    /// of storage keeps as floats.
     ///
     /// # Errors
     ///

@@ -13,6 +13,8 @@ use nalgebra::DMatrix;
 use onnx_shrink::{
     analysis::moments,
     codec::{self, Model},
+    coding::{self, Plane, Scheme, Tiling},
+    factor::Metric,
     ir::{DType, Tensor, Weight},
     linalg::Spectrum,
     pass::{self, Price},
@@ -55,10 +57,12 @@ impl Bench {
         self.factorization(&program)
     }
 
-    /// The time of storing the weight of a `MatMul` of noise in four bits, over samples whose elements vary together.
+    /// The time of storing the weight of a `MatMul` of noise in four bits, over samples whose elements vary together: coding alone, and
+    /// whole runs.
     fn coding(&self, program: &Path) -> anyhow::Result<()> {
         const SIZE: usize = 4096;
-        println!("\n| a MatMul of {SIZE} x {SIZE}, a whole run | s | anonymous memory, MB |\n|---|---|---|");
+        println!("\n| a MatMul of {SIZE} x {SIZE}, 4 bits | s | anonymous memory, MB |\n|---|---|---|");
+        coding_alone(SIZE)?;
         let folder = std::env::temp_dir().join(format!("onnx-shrink-bench-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
         let (path, data, out) = (folder.join("large.onnx"), folder.join("x.npz"), folder.join("out.onnx"));
@@ -203,6 +207,25 @@ fn splitting(program: &Path) -> anyhow::Result<(Duration, u64)> {
     let measured = measure(command.arg(&path).arg(&out).args(["--passes", "svd:rank=256", "--max-error", "2", "-q"]));
     fs::remove_dir_all(&folder)?;
     measured
+}
+
+/// The time of coding a square matrix of noise in four bits for a covariance that is known, by both schemes.
+fn coding_alone(size: usize) -> anyhow::Result<()> {
+    let dims = [size, size];
+    let values: Vec<f64> = (0..size * size).map(|i| noise(i / size, i % size)).collect();
+    let mixed = DMatrix::from_fn(size, 256, noise);
+    let covariance = &mixed * mixed.transpose() + DMatrix::identity(size, size);
+    let (plane, metrics) = (Plane::new(&dims, None), [Metric::Full(covariance)]);
+    for (what, scheme, tiling) in [("GPTQ", Scheme::Uniform, Tiling::Rows), ("a table", Scheme::Table, Tiling::Tensor)]
+    {
+        let tile = plane.tile(tiling).context("tiles")?;
+        let mut stored = None;
+        let time =
+            timed(|| stored = coding::fit((&plane, (scheme, 4, &tile)), (DType::Float, &dims), &values, &metrics));
+        stored.context("codes")?;
+        println!("| {what}, coding alone | {time:.1} | |");
+    }
+    Ok(())
 }
 
 /// Saves the model of one layer that `text` is, with a weight of noise.

@@ -44,8 +44,8 @@ impl Library {
         Ok(library)
     }
 
-    /// Loads a model as it is written, and runs it once: one thread and no optimizations, so that the answer is the same
-    /// each time.
+    /// Loads a model, stored weights as floats, and runs it once: one thread and no optimizations, so that the answer is the
+    /// same each time.
     pub(super) fn session(&self, prepared: &Prepared<'_>, sample: &[Value]) -> Result<Loaded, Cannot> {
         let bytes = prepared.model.encode_twin();
         let session = guarded(NAME, || -> ort::Result<Session> {
