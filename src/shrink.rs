@@ -23,7 +23,7 @@ use crate::{
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
         Cannot, Certificate, DataError, Difference, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples, Split,
-        compare_regions, takes_batches,
+        compare_regions, runs_as_written, takes_batches,
     },
 };
 
@@ -299,23 +299,25 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             result
         }
     };
-    let runnable = samples.filter(|samples| samples.unrunnable.is_none());
-    if let (true, Some(samples)) = (job.verify && result.graph.edits() != model.graph.edits(), runnable) {
-        let inputs = samples.part(Split::Last);
-        let takes = |model: &Model| takes_batches(&job.request.engine, model, &inputs);
-        // What the original can't do is not asked of the result.
-        if matches!(takes(model), Ok(Some(true))) && !matches!(takes(&result), Ok(Some(true))) {
-            return Err(ShrinkError::Batches);
-        }
-    }
     report.moments = Arc::clone(&cx.moments);
     if result.graph.edits() == model.graph.edits() {
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
-    let is_kept = keeps_weights(&result) && report.chain.iter().all(|link| keeps_weights(&link.model));
-    if job.verify && !is_kept {
-        return Err(ShrinkError::Misspelled);
+    if job.verify {
+        let runnable = samples.filter(|samples| samples.unrunnable.is_none());
+        let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
+        let engine = &job.request.engine;
+        let takes = |model: &Model| matches!(takes_batches(engine, model, &inputs), Ok(Some(true)));
+        // What the original can't do is not asked of the result.
+        if takes(model) && !takes(&result) {
+            return Err(ShrinkError::Batches);
+        }
+        for model in report.chain.iter().map(|link| &link.model).chain([&result]) {
+            if !keeps_weights(model) || runs_as_written(engine, model, &inputs)? == Some(false) {
+                return Err(ShrinkError::Misspelled);
+            }
+        }
     }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))

@@ -121,12 +121,35 @@ pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> 
     let together = runners.run(&[like.iter().enumerate().map(stacked).collect()])?;
     let alone = runners.run(&samples[..BATCH.min(samples.len())])?;
     let agrees = |(i, together): (usize, &Value)| {
-        let apart = || alone.iter().cycle().take(BATCH).flat_map(|sample| &sample[i].values);
-        let lost: f64 = together.values.iter().zip(apart()).map(|(together, apart)| (together - apart).powi(2)).sum();
-        let whole: f64 = apart().map(|apart| apart * apart).sum();
-        together.values.len() == apart().count() && lost <= CLOSE * CLOSE * whole
+        let apart = alone.iter().cycle().take(BATCH).flat_map(|sample| &sample[i].values);
+        are_close(&together.values, &apart.copied().collect::<Vec<_>>(), CLOSE)
     };
     Ok(Some(together.iter().flatten().enumerate().all(agrees)))
+}
+
+/// Whether the file of `model` loads and computes of the first of `samples` what its twin with weights as floats computes;
+/// `None` where the engine only runs twins.
+///
+/// # Errors
+///
+/// When the engine can't run the file or the twin.
+pub fn runs_as_written(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> Result<Option<bool>, Cannot> {
+    const CLOSE: f64 = 1e-4;
+    let Some(literal) = engine.as_written() else { return Ok(None) };
+    let first = &samples[..samples.len().min(1)];
+    let written = Runners::new(&literal, model).run(first)?.concat();
+    let twin = Runners::new(engine, model).run(first)?.concat();
+    let mut pairs = written.iter().zip(&twin);
+    Ok(Some(pairs.all(|(written, twin)| are_close(&written.values, &twin.values, CLOSE))))
+}
+
+/// Whether the values are as many, and those that are not the same off by a share of at most `share` in all.
+fn are_close(found: &[f64], wanted: &[f64], share: f64) -> bool {
+    let are_same = |(found, wanted): (&f64, &f64)| found == wanted || found.is_nan() && wanted.is_nan();
+    let off = found.iter().zip(wanted).filter(|&pair| !are_same(pair));
+    let lost: f64 = off.map(|(found, wanted)| (found - wanted).powi(2)).sum();
+    let whole: f64 = wanted.iter().filter(|wanted| wanted.is_finite()).map(|wanted| wanted * wanted).sum();
+    found.len() == wanted.len() && lost <= share * share * whole
 }
 
 /// The original model's outputs on some samples, kept to compare others with.

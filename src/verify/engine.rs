@@ -95,25 +95,34 @@ pub enum Cannot {
 pub struct Engine {
     /// ONNX Runtime, if it and not tract is to run them.
     onnxruntime: Option<onnxruntime::Library>,
+    /// Whether that runs files as they will be written, and not with weights as floats.
+    as_written: bool,
     /// Bytes that a run may take.
     max_memory: u64,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { onnxruntime: None, max_memory: u64::MAX }
+        Self { onnxruntime: None, as_written: false, max_memory: u64::MAX }
     }
 }
 
 impl Engine {
-    /// ONNX Runtime, loaded from the shared library at `path`; it runs models without optimizations, the weights that a form
-    /// of storage keeps as floats.
+    /// ONNX Runtime, loaded from the shared library at `path`; it runs models without optimizations, stored weights as
+    /// floats.
     ///
     /// # Errors
     ///
     /// When the library can't be loaded or is too old.
     pub fn onnxruntime(path: &Path) -> Result<Self, Cannot> {
         Ok(Self { onnxruntime: Some(onnxruntime::Library::load(path)?), ..Self::default() })
+    }
+
+    /// The same engine for files as they will be written, weights in the operators that they are stored by; `None` for tract,
+    /// which lacks some of these.
+    #[must_use]
+    pub fn as_written(&self) -> Option<Self> {
+        self.onnxruntime.is_some().then(|| Self { as_written: true, ..self.clone() })
     }
 
     /// The same engine with a limit on the memory of a run, in bytes.
@@ -157,7 +166,7 @@ impl Engine {
         plain.graph.inline_external();
         let prepared = Prepared { model: &plain, types };
         Ok(Runner(match &self.onnxruntime {
-            Some(library) => Box::new(library.session(&prepared, sample)?),
+            Some(library) => Box::new(library.session(&prepared, sample, self.as_written)?),
             None => Box::new(branches::Branches::new(&prepared, sample)?),
         }))
     }

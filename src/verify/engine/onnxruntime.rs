@@ -44,10 +44,14 @@ impl Library {
         Ok(library)
     }
 
-    /// Loads a model, stored weights as floats, and runs it once: one thread and no optimizations, so that the answer is the
-    /// same each time.
-    pub(super) fn session(&self, prepared: &Prepared<'_>, sample: &[Value]) -> Result<Loaded, Cannot> {
-        let bytes = prepared.model.encode_twin();
+    /// Loads a model, or its twin, and runs it once: one thread and no optimizations, so that the answer is the same each time.
+    pub(super) fn session(
+        &self,
+        prepared: &Prepared<'_>,
+        sample: &[Value],
+        as_written: bool,
+    ) -> Result<Loaded, Cannot> {
+        let bytes = if as_written { prepared.model.encode() } else { prepared.model.encode_twin() };
         let session = guarded(NAME, || -> ort::Result<Session> {
             Session::builder(&self.0)?
                 .with_optimization_level(GraphOptimizationLevel::Disable)?
