@@ -23,7 +23,7 @@ pub use self::{
 };
 pub(crate) use self::{
     lower::{is_between_codes, is_hidden, rounded_at_once, spelled_bytes},
-    raise::{keeps_weights, moved},
+    raise::{keeps_weights, moved, raise},
 };
 use crate::{
     ir::{Graph, InvalidGraph, TensorError},

@@ -125,7 +125,9 @@ pub fn parse(list: &str) -> Result<Vec<Item>, ParseError> {
         let info = find(name).ok_or_else(|| ParseError::Unknown(name.to_owned()))?;
         let pass = info.build(&options).map_err(|error| {
             let message = error.to_string();
-            let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            // The first paragraph says what is wrong, and what would be right.
+            let lines: Vec<_> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+            let message = lines.join(" ").trim_start_matches("error: ").to_owned();
             ParseError::Options { name: info.name, message }
         })?;
         items.push(Item::Pass(Step { info, pass, spelling: spelling.to_owned() }));
@@ -305,7 +307,7 @@ impl fmt::Display for Outcome {
         let did: Vec<_> = self.tally.iter().map(|(what, n)| format!("{n} {what}")).collect();
         let nothing = match (self.did_something(), self.fidelity) {
             (true, _) => None,
-            (false, Fidelity::Lossy) => Some("nothing that is worth its error".to_owned()),
+            (false, Fidelity::Lossy) => Some("nothing that fits and is worth its error".to_owned()),
             (false, _) => Some("nothing to do".to_owned()),
         };
         let did = nothing.into_iter().chain(did).collect::<Vec<_>>().join(", ");

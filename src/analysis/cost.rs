@@ -193,10 +193,10 @@ pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<f64> {
     let dims = |slot: u32| shapes.known(graph.operand(node, slot)?);
     let out = || shapes.known(node.out());
     Some(match op.standard()? {
-        "Conv" => product(&out()?) * product(dims(1)?.get(1..)?),
+        "Conv" | "ConvInteger" => product(&out()?) * product(dims(1)?.get(1..)?),
         "ConvTranspose" => product(&dims(0)?) * product(dims(1)?.get(1..)?),
         "Gemm" => product(&out()?) * *dims(0)?.get(usize::from(op.int("transA") != Some(1)))? as f64,
-        "MatMul" => product(&out()?) * *dims(0)?.last()? as f64,
+        "MatMul" | "MatMulInteger" => product(&out()?) * *dims(0)?.last()? as f64,
         _ => return None,
     })
 }

@@ -46,7 +46,7 @@ fn hashes(graph: &Graph, is_wanted: &dyn Fn(&Weight) -> bool) -> BTreeSet<u64> {
 }
 
 /// See [`Model::raise`]; `before` is `graph` as the file has it.
-fn raise(graph: &mut Graph, before: &Graph) {
+pub(crate) fn raise(graph: &mut Graph, before: &Graph) {
     for id in graph.ops() {
         if graph.op(id).is_none()
             || graph.is_output(id.out())

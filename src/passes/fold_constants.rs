@@ -7,7 +7,7 @@ use prost::Message;
 
 use crate::{
     analysis::shapes::{Shapes, Term},
-    codec::moved,
+    codec::{moved, raise},
     eval,
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, everywhere, rewrite_shaped},
@@ -40,6 +40,11 @@ impl Pass for FoldConstants {
             folded += fold_together(graph);
             listed += graph.list_constants();
         });
+        if folded > 0 {
+            // Of what was quantized when it was run, there are codes now.
+            let before = graph.clone();
+            raise(graph, &before);
+        }
         cx.add("constants made initializers", listed);
         cx.add("operators folded", folded + rewrite_shaped(graph, &rule));
         Ok(())

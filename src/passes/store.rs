@@ -187,6 +187,10 @@ impl Storing {
         }
         cx.predicted += choices.menu.minded(candidate.error) * site.readers as f64;
         cx.count(candidate.form.word());
+        let is_uncut = |way: &Way| way.is_cut() && choices.coded(*way).is_none();
+        if self.is_fixed && self.ways.iter().any(is_uncut) {
+            cx.count("weights that such blocks do not divide");
+        }
     }
 }
 

@@ -43,6 +43,14 @@ impl Rule<'_> {
                 let ints = ints.map(|ints| ints.iter().map(|i| i.and_then(truth)).collect());
                 Some(vec![Fact { dtype: to, ints, ..x.clone() }])
             }
+            "QuantizeLinear" | "DequantizeLinear" => Some(vec![self.quantized(x)?]),
+            "DynamicQuantizeLinear" => {
+                let one = |dtype| Fact::new(Some(dtype), Vec::new());
+                let codes = Fact { dtype: Some(DType::Uint8), ints: None, ..x.clone() };
+                Some(vec![codes, one(DType::Float), one(DType::Uint8)])
+            }
+            "MatMulInteger" => Some(vec![Fact::new(Some(DType::Int32), self.matmul()?)]),
+            "ConvInteger" => Some(vec![Fact::new(Some(DType::Int32), self.conv()?)]),
             "Dropout" => {
                 let truth = Some(DType::Bool).filter(|_| self.opset >= 10);
                 let mask = Fact { dtype: truth, dims: x.dims.clone(), ints: None };
@@ -98,6 +106,17 @@ impl Rule<'_> {
             op if ELEMENTWISE.contains(&op) || SAME_SHAPE.contains(&op) => same(),
             _ => None,
         }
+    }
+
+    /// Codes of `x`, of the type of their zero point, or what codes `x` stand for, of the type of their scale.
+    fn quantized(&self, x: &Fact) -> Option<Fact> {
+        let asked = self.op.int("output_dtype").filter(|&dtype| dtype != 0);
+        let dtype = match asked {
+            Some(dtype) => DType::try_from(i32::try_from(dtype).ok()?).ok(),
+            None if self.op.is("DequantizeLinear") => self.input(1)?.dtype,
+            None => self.inputs.get(2).and_then(Option::as_ref).map_or(Some(DType::Uint8), |zero| zero.dtype),
+        };
+        Some(Fact { dtype, ints: None, ..x.clone() })
     }
 
     /// Whether the operator is sure to fail on operands of which this is known.

@@ -7,7 +7,7 @@ use super::super::rewrite::{Known, Statistics, shape_of};
 use crate::{
     analysis::linear::Linear,
     codec::{is_between_codes, least_opset, packs, spelled_bytes},
-    coding::{self, Form, Plane},
+    coding::{self, Form, Plane, Tiling},
     factor::{Metric, Shape},
     ir::{Codes, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor, Weight},
     pass::Context,
@@ -60,6 +60,11 @@ impl Way {
             Self::Codes(form) => form.bits < 8,
             Self::Vectors(..) => true,
         }
+    }
+
+    /// Whether blocks of each row have scales of their own.
+    pub(super) fn is_cut(self) -> bool {
+        matches!(self, Self::Codes(Form { tiling: Tiling::Blocks(_), .. }))
     }
 
     /// What is counted where a weight is stored so.
