@@ -58,7 +58,7 @@ impl Model {
 }
 
 /// Whether any weight of `graph` or of a body in it is made of other constants in the file.
-fn is_any_stored(graph: &Graph) -> bool {
+pub(super) fn is_any_stored(graph: &Graph) -> bool {
     graph.node_ids().any(|id| graph.weight(id.out()).is_some_and(Weight::is_stored))
         || graph.bodies().any(|(_, body)| is_any_stored(&body.graph))
 }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{Model, lower::product_with_codes};
+use super::{
+    Model,
+    lower::{is_any_stored, product_with_codes},
+};
 use crate::{
     eval,
     ir::{
@@ -56,7 +59,9 @@ pub(crate) fn raise(graph: &mut Graph, before: &Graph) {
             continue;
         }
         let Some(weight) = recognised(graph, id) else { continue };
-        let weight = match before.extract(&[], &[id.out()]) {
+        // Nodes that read a stored weight are no spelling by themselves: that would have to be spelled first.
+        let spelling = before.extract(&[], &[id.out()]).filter(|spelling| !is_any_stored(spelling));
+        let weight = match spelling {
             Some(spelling) => weight.spelled(spelling),
             None => weight,
         };

@@ -230,6 +230,23 @@ proptest! {
     }
 }
 
+#[test]
+fn a_stored_weight_that_is_moved_is_stored_in_what_is_written_at_once() {
+    let text = "<ir_version: 10, opset_import: [\"\": 21]>\ng (float[N,8] x) => (float[N,6] y)\n\
+                <float[6,8] w = normal(1), float[1] a = {1.0}, float[1] b = {2.0}>\n\
+                {\n t = Transpose <perm = [1, 0]> (w)\n c = Add (a, b)\n m = MatMul (x, t)\n y = Add (m, c)\n}\n";
+    let mut model = text::parse(text).unwrap();
+    let value = model.graph.values()["w"];
+    model.graph.set_weight(value, coded(4, &[6, 1]));
+    let items = pipeline::parse("fold-constants").unwrap();
+    pipeline::run(&items, &mut model, &mut Context::default(), Price::default()).unwrap();
+    let mut file = Model::decode(model.encode().into(), None).unwrap();
+    file.raise();
+    let moved = weight(&file, "t");
+    assert!(moved.is_stored(), "{}", text::diff(&model, &file));
+    assert!(moved.value().same(coded(4, &[6, 1]).permute(&[1, 0]).unwrap().value()));
+}
+
 /// A weight of a few values, half of them negative.
 fn coded(bits: u32, tile: &[usize]) -> Weight {
     let case = Case {
