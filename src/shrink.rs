@@ -22,8 +22,8 @@ use crate::{
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
-        Cannot, Certificate, DataError, Difference, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples, Split,
-        compare_regions, runs_as_written, takes_batches,
+        Cannot, Certificate, DataError, Difference, Engine, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples,
+        Split, Value, compare_regions, runs_as_written, takes_batches,
     },
 };
 
@@ -307,20 +307,31 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     if job.verify {
         let runnable = samples.filter(|samples| samples.unrunnable.is_none());
         let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
-        let engine = &job.request.engine;
-        let takes = |model: &Model| matches!(takes_batches(engine, model, &inputs), Ok(Some(true)));
-        // What the original can't do is not asked of the result.
-        if takes(model) && !takes(&result) {
-            return Err(ShrinkError::Batches);
-        }
-        for model in report.chain.iter().map(|link| &link.model).chain([&result]) {
-            if !keeps_weights(model) || runs_as_written(engine, model, &inputs)? == Some(false) {
-                return Err(ShrinkError::Misspelled);
-            }
-        }
+        prove_usable(model, (&result, &report.chain), &job.request.engine, &inputs)?;
     }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
+}
+
+/// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that
+/// were verified.
+fn prove_usable(
+    model: &Model,
+    (result, chain): (&Model, &[Link]),
+    engine: &Engine,
+    inputs: &[Vec<Value>],
+) -> Result<(), ShrinkError> {
+    let takes = |model: &Model| matches!(takes_batches(engine, model, inputs), Ok(Some(true)));
+    // What the original can't do is not asked of the result.
+    if takes(model) && !takes(result) {
+        return Err(ShrinkError::Batches);
+    }
+    for model in chain.iter().map(|link| &link.model).chain([result]) {
+        if !keeps_weights(model) || runs_as_written(engine, model, inputs)? == Some(false) {
+            return Err(ShrinkError::Misspelled);
+        }
+    }
+    Ok(())
 }
 
 /// The set of `globs`, each of which must match something.
