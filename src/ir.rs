@@ -15,6 +15,7 @@
 mod check;
 mod codes;
 mod edit;
+mod element;
 mod extract;
 mod inline;
 mod op;
