@@ -193,7 +193,7 @@ mod tests {
     use rand_xoshiro::Xoshiro256PlusPlus;
 
     use super::*;
-    use crate::linalg::{energy, normal};
+    use crate::linalg::{by_rows, energy, normal};
 
     /// A matrix of noise.
     fn noise(rows: usize, columns: usize, seed: u64) -> DMatrix<f64> {
@@ -208,10 +208,6 @@ mod tests {
         &mixed * mixed.transpose() + DMatrix::identity(size, size)
     }
 
-    fn rows(matrix: &DMatrix<f64>) -> Vec<f64> {
-        matrix.transpose().as_slice().to_vec()
-    }
-
     fn lost(weight: &DMatrix<f64>, storage: &Storage, covariance: &DMatrix<f64>) -> f64 {
         let stored = Weight::stored(storage.clone()).unwrap().value().f64s().unwrap();
         energy(&(weight - DMatrix::from_row_slice(weight.nrows(), weight.ncols(), &stored)), covariance)
@@ -222,7 +218,7 @@ mod tests {
     #[test]
     fn codes_in_a_metric_lose_less_of_it_than_the_nearest() {
         let (weight, spread) = (noise(24, 48, 1), covariance(48));
-        let (values, plane) = (rows(&weight), Plane::new(&DIMS, None));
+        let (values, plane) = (by_rows(&weight), Plane::new(&DIMS, None));
         for scheme in [Scheme::Uniform, Scheme::Table] {
             for bits in [2, 4] {
                 for tiling in [Tiling::Tensor, Tiling::Rows, Tiling::Blocks(24)] {
@@ -246,7 +242,7 @@ mod tests {
     #[test]
     fn vectors_in_a_metric_lose_less_of_it_than_the_nearest() {
         let (weight, spread) = (noise(24, 48, 1), covariance(48));
-        let (values, plane, metric) = (rows(&weight), Plane::new(&DIMS, None), [Metric::Full(spread.clone())]);
+        let (values, plane, metric) = (by_rows(&weight), Plane::new(&DIMS, None), [Metric::Full(spread.clone())]);
         let of = (DType::Float, &DIMS[..]);
         let vectors = fit_vectors((&plane, (4, 2)), of, &values, &metric).unwrap();
         let plain = fit_vectors((&plane, (4, 2)), of, &values, &[]).unwrap();

@@ -147,6 +147,12 @@ pub fn transposed(values: &[f64], width: usize) -> Vec<f64> {
     turned
 }
 
+/// The elements of a matrix row by row.
+#[must_use]
+pub fn by_rows(matrix: &DMatrix<f64>) -> Vec<f64> {
+    transposed(matrix.as_slice(), matrix.nrows())
+}
+
 /// A draw from the standard normal distribution (Box & Muller 1958), the same on every machine.
 pub fn normal(random: &mut impl Rng) -> f64 {
     let unit = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;

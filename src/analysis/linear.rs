@@ -6,7 +6,7 @@ use nalgebra::DMatrix;
 
 use crate::{
     ir::{Graph, NodeId, Op, Outlet, tensor::is_float},
-    linalg::transposed,
+    linalg::{by_rows, transposed},
     verify::Value,
 };
 
@@ -327,7 +327,7 @@ impl Linear {
                 }
                 values
             }
-            _ => transposed(matrix.as_slice(), matrix.nrows()),
+            _ => by_rows(matrix),
         };
         matrices.iter().map(flat).collect::<Vec<_>>().concat()
     }

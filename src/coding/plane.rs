@@ -2,7 +2,10 @@
 
 use nalgebra::DMatrix;
 
-use crate::{analysis::linear::Linear, linalg::transposed};
+use crate::{
+    analysis::linear::Linear,
+    linalg::{by_rows, transposed},
+};
 
 /// What shares a scale or a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -85,9 +88,7 @@ impl Plane {
     pub fn elements(&self, matrices: &[DMatrix<f64>]) -> Vec<f64> {
         match &self.linear {
             Some(linear) => linear.elements(matrices),
-            None => {
-                matrices.iter().map(|matrix| transposed(matrix.as_slice(), matrix.nrows())).collect::<Vec<_>>().concat()
-            }
+            None => matrices.iter().map(by_rows).collect::<Vec<_>>().concat(),
         }
     }
 }

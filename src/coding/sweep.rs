@@ -360,7 +360,7 @@ mod tests {
     use rand_xoshiro::Xoshiro256PlusPlus;
 
     use super::*;
-    use crate::linalg::normal;
+    use crate::linalg::{by_rows, normal};
 
     #[test]
     fn no_step_of_the_polish_adds_error() {
@@ -370,7 +370,7 @@ mod tests {
         let covariance = &mixed * mixed.transpose() + DMatrix::identity(160, 160);
         for (tile, is_table) in [([1, 160], false), ([1, 32], false), ([150, 160], true)] {
             let dims = [150, 160];
-            let values = weight.transpose().as_slice().to_vec();
+            let values = by_rows(&weight);
             let scheme = if is_table { Scheme::Table } else { Scheme::Uniform };
             let plain = nearest((scheme, 3), (DType::Float, &dims, &tile), &values, None).unwrap();
             let ids: Vec<f64> = plain.codes().unwrap().tiles().map(|tile| tile as f64).collect();

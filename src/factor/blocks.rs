@@ -7,9 +7,9 @@ use nalgebra::DMatrix;
 use super::{
     Form, Metric, Shape,
     features::COLLINEAR,
-    fit::{Weights, flat, spectrum},
+    fit::{Weights, spectrum},
 };
-use crate::linalg::{Cholesky, Spectrum, product, solve_lower, solve_lower_transposed};
+use crate::linalg::{Cholesky, Spectrum, by_rows, product, solve_lower, solve_lower_transposed};
 
 /// The order of channels in which groups are runs of equal length: place `i` holds channel `reads[i]` of those that are read, and
 /// `makes[i]` of those that are made.
@@ -124,7 +124,7 @@ impl Blocked {
         let mut stages = vec![self.orders.weight(&whole, shape, self.parts.len())];
         if let Some([left, right]) = &self.beside {
             whole += product(left, right);
-            stages.extend([flat(right), flat(left)]);
+            stages.extend([by_rows(right), by_rows(left)]);
         }
         (stages, whole)
     }

@@ -9,7 +9,7 @@ use super::{
     features::{Block, COLLINEAR, Features, Told, encoders},
     kronecker::Products,
 };
-use crate::linalg::{Cholesky, Spectrum, product};
+use crate::linalg::{Cholesky, Spectrum, by_rows, product};
 
 /// What is found out about one group of a layer.
 #[derive(Debug)]
@@ -119,11 +119,11 @@ impl Group {
             }
             (Self::Spectrum(spectrum), Form::Ranks { before: Some(rank), after: None }) => {
                 let (left, right) = spectrum.factors(matrix, rank.min(spectrum.basis.ncols()));
-                Some((vec![flat(&right), left.as_slice().to_vec()], product(&left, &right)))
+                Some((vec![by_rows(&right), left.as_slice().to_vec()], product(&left, &right)))
             }
             (Self::Spectrum(spectrum), Form::Ranks { after: Some(rank), before: None }) => {
                 let (left, right) = spectrum.factors(matrix, rank.min(spectrum.basis.ncols()));
-                Some((vec![flat(&right), flat(&left)], product(&left, &right)))
+                Some((vec![by_rows(&right), by_rows(&left)], product(&left, &right)))
             }
             (
                 Self::Told(features, told),
@@ -131,7 +131,7 @@ impl Group {
             ) => {
                 let weights = told.solve(rank);
                 let first = features.blocks.first()?.weights.rows(0, rank).into_owned();
-                Some((vec![flat(&first), flat(&weights)], features.expand(&weights, size)))
+                Some((vec![by_rows(&first), by_rows(&weights)], features.expand(&weights, size)))
             }
             (Self::Turned(features, told, _), Form::Ranks { before: Some(before), after: Some(after) }) => {
                 both((features, told), (before, after), (matrix, metric), shape)
@@ -164,7 +164,7 @@ fn turned_at_each_place(spectrum: &Spectrum, matrix: &DMatrix<f64>, shape: &Shap
         outer.row_iter().enumerate().for_each(|(i, row)| whole.set_row(i * taps + tap, &row));
     }
     // The weight of a ConvTranspose begins with the channels that are read.
-    (vec![core.as_slice().to_vec(), flat(&basis)], whole)
+    (vec![core.as_slice().to_vec(), by_rows(&basis)], whole)
 }
 
 /// Rounds of choosing what is mixed before the kernel for what is kept after it, and the other way around.
@@ -186,7 +186,7 @@ fn both(
         let core = product(&turn.transpose(), &told.solve(before));
         let first = features.blocks.first()?.weights.rows(0, before).into_owned();
         let whole = features.expand(&product(&turn, &core), matrix.ncols());
-        Some((energy, turn.clone(), (vec![flat(&first), flat(&core), flat(&turn)], whole)))
+        Some((energy, turn.clone(), (vec![by_rows(&first), by_rows(&core), by_rows(&turn)], whole)))
     };
     let (mut energy, mut turn, mut best) = fit(features, told)?;
     for _ in 0..SWEEPS {
@@ -202,12 +202,12 @@ fn both(
 
 fn depthwise_first(features: &Features, told: &Told, multiplier: usize, size: usize) -> Weights {
     let weights = told.solve(multiplier);
-    let kernels = features.blocks.iter().flat_map(|block| flat(&block.weights.rows(0, multiplier).into_owned()));
+    let kernels = features.blocks.iter().flat_map(|block| by_rows(&block.weights.rows(0, multiplier).into_owned()));
     // Features come kernel by kernel, the channels of a depthwise convolution channel by channel.
     let channels = features.blocks.len();
     let order: Vec<_> =
         (0..channels).flat_map(|channel| (0..multiplier).map(move |t| t * channels + channel)).collect();
-    let mixing = flat(&weights.select_columns(&order));
+    let mixing = by_rows(&weights.select_columns(&order));
     (vec![kernels.collect(), mixing], features.expand(&weights, size))
 }
 
@@ -216,16 +216,11 @@ fn mixed_first(rows: &[(Features, Told)], multiplier: usize, size: usize) -> Opt
     let mut whole = DMatrix::zeros(rows.len(), size);
     for (row, (features, told)) in rows.iter().enumerate() {
         let weights = told.solve(multiplier);
-        mixing.extend(flat(&features.blocks.first()?.weights.rows(0, multiplier).into_owned()));
-        kernels.extend(flat(&weights));
+        mixing.extend(by_rows(&features.blocks.first()?.weights.rows(0, multiplier).into_owned()));
+        kernels.extend(by_rows(&weights));
         whole.set_row(row, &features.expand(&weights, size).row(0));
     }
     Some((vec![mixing, kernels], whole))
-}
-
-/// The elements row by row.
-pub(super) fn flat(matrix: &DMatrix<f64>) -> Vec<f64> {
-    matrix.transpose().as_slice().to_vec()
 }
 
 fn cumulated(values: impl Iterator<Item = f64>) -> Vec<f64> {

@@ -3,7 +3,7 @@
 use nalgebra::DMatrix;
 
 use super::{Form, Metric, Shape, features::COLLINEAR};
-use crate::linalg::{Cholesky, Spectrum, product};
+use crate::linalg::{Cholesky, Spectrum, by_rows, product};
 
 /// The extents of A, the left factor; B has those of W divided by them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,8 +100,7 @@ impl Products {
 
     /// The elements of B and A of each term, row by row.
     pub(super) fn stages(&self) -> Vec<Vec<f64>> {
-        let flat = |matrix: &DMatrix<f64>| matrix.transpose().as_slice().to_vec();
-        self.terms.iter().flat_map(|[a, b]| [flat(b), flat(a)]).collect()
+        self.terms.iter().flat_map(|[a, b]| [by_rows(b), by_rows(a)]).collect()
     }
 
     pub(super) fn form(&self) -> Form {

@@ -8,7 +8,7 @@ use crate::{
     analysis::linear::Linear,
     factor::{Form, Layout, Shape, Target},
     ir::{Graph, NodeId, Outlet},
-    linalg::{product, transposed},
+    linalg::{by_rows, product, transposed},
 };
 
 /// Rounds of fitting a chain before a rectifier to what the rectifier lets through: each factors the layer anew.
@@ -71,7 +71,7 @@ impl Chain {
                 return Some(if self.is_turned(i) { transposed(&values, width) } else { values });
             }
             let matrices = Linear::of(graph, node)?.matrices(&values);
-            Some(matrices.iter().flat_map(|matrix| matrix.transpose().as_slice().to_vec()).collect())
+            Some(matrices.iter().map(by_rows).collect::<Vec<_>>().concat())
         };
         let stages: Vec<Vec<f64>> = self.weights.iter().enumerate().map(values).collect::<Option<_>>()?;
         Some(self.form.compose(&self.shape, &stages))
