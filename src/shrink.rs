@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use self::lossy::Lossy;
 use crate::{
-    analysis::{cost::Cost, moments},
+    analysis::{cost::Cost, moments, types},
     codec::{Model, Runtime, keeps_weights},
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
@@ -118,6 +118,16 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
+impl Report {
+    /// Notes what a person should know of the samples.
+    fn tell_of(&mut self, samples: &Samples) {
+        self.random_inputs = samples.random;
+        self.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
+        self.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
+        self.notes.extend(samples.chosen_shapes());
+    }
+}
+
 /// Why nothing may be written.
 #[derive(Debug, thiserror::Error)]
 pub enum ShrinkError {
@@ -157,6 +167,12 @@ pub enum ShrinkError {
          written, and passes that store weights can be left out"
     )]
     Misspelled,
+    /// Runtimes would refuse the file.
+    #[error(
+        "element types in the file would not fit together, so that runtimes would refuse it, which is a mistake in this program; \
+         nothing was written, and passes that store weights can be left out"
+    )]
+    Mistyped,
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -231,6 +247,7 @@ impl ShrinkError {
                 | Self::Incomparable
                 | Self::Batches
                 | Self::Misspelled
+                | Self::Mistyped
                 | Self::Differs { .. }
                 | Self::Flips { .. }
         )
@@ -267,10 +284,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     }
     if let Some(samples) = &samples {
         cx.bound.clone_from(&samples.bound);
-        report.random_inputs = samples.random;
-        report.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
-        report.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
-        report.notes.extend(samples.chosen_shapes());
+        report.tell_of(samples);
     }
     report.before = Cost { bytes: Cost::bytes(file), ..Cost::of(model, &cx.bound) };
     let mut base = model.clone();
@@ -304,6 +318,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
+    prove_typed(model, (&result, &report.chain))?;
     if job.verify {
         let runnable = samples.filter(|samples| samples.unrunnable.is_none());
         let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
@@ -311,6 +326,13 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
+}
+
+/// Checks that element types fit together in the file of the result, and in those of the chain, if they do in the original.
+fn prove_typed(model: &Model, (result, chain): (&Model, &[Link])) -> Result<(), ShrinkError> {
+    let mut files = chain.iter().map(|link| &link.model).chain([result]);
+    let are_typed = !types::agree(&model.graph) || files.all(|model| types::agree(&model.lowered().graph));
+    if are_typed { Ok(()) } else { Err(ShrinkError::Mistyped) }
 }
 
 /// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that

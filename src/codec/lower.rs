@@ -150,9 +150,10 @@ impl Speller<'_> {
                 spelling.operands(part).into_iter().map(|value| copies.get(&value?).copied()).collect();
             if part == last {
                 let (operands, op) = (operands.into_iter().flatten().collect::<Vec<_>>(), spelling.op(part)?.clone());
+                let dtype = self.graph.constant(id.out())?.dtype();
                 self.graph.unsettle(id, op, &operands);
                 if is_apart {
-                    self.keep_apart(id);
+                    self.keep_apart(id, dtype);
                 }
                 break;
             }
@@ -278,12 +279,13 @@ impl Speller<'_> {
             op = if block > 1 { op.with_int("block_size", block as i64) } else { op };
         }
         self.graph.unsettle(id, op, &operands);
-        self.keep_apart(id);
+        self.keep_apart(id, affine.scales().dtype());
         Some(())
     }
 
-    /// Has rectifiers of products with the constant at `id` be written as the larger of these and zero, which hides no product.
-    fn keep_apart(&mut self, id: NodeId) {
+    /// Has rectifiers of products with the weight of type `dtype` at `id` be written as the larger of these and zero, which hides no
+    /// product.
+    fn keep_apart(&mut self, id: NodeId, dtype: DType) {
         let uses = self.graph.uses(id.out()).into_iter().map(|(node, _)| node);
         let products: Vec<_> = uses.filter(|&node| self.graph.op_of(node, "MatMul").is_some()).collect();
         if self.runtime != Runtime::Onnxruntime || is_between_codes(self.graph, id) {
@@ -292,7 +294,6 @@ impl Speller<'_> {
         for product in products {
             let Some(Hidden::Rectified(relu)) = hidden(self.graph, product) else { continue };
             let Some(read) = self.graph.operand(relu, 0) else { continue };
-            let dtype = self.graph.constant(id.out()).map_or(DType::Float, Tensor::dtype);
             let Some(zero) = Tensor::floats(dtype, &[], &[0.0]) else { continue };
             let zero = self.part(id, "zero", zero);
             let max = self.graph.op(relu).map(|op| Op::new("Max").in_place_of(op)).unwrap_or_default();

@@ -439,9 +439,10 @@ impl Graph {
         }
     }
 
-    /// Frees the names of values that are gone: the graph is another view of what it was.
+    /// Frees the names of values that are gone, of which nothing is declared any longer: the graph is another view of what it was.
     pub(crate) fn free_names(&mut self) {
         self.names = self.values().into_keys().map(str::to_owned).collect();
+        self.value_info.retain(|info| self.names.contains(info.name()));
     }
 
     /// Names that are or were in use.

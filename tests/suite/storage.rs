@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 
 use onnx_shrink::{
+    analysis::{shapes::Shapes, types},
     codec::{Model, Runtime},
     eval,
     ir::{Affine, Codebook, Codes, DType, Graph, Kind, Storage, Tensor, Vectors, Weight},
     pass::{Context, Price},
     pipeline,
+    proto::{TypeProto, ValueInfoProto, type_proto},
     shrink::{Job, shrink},
     text,
 };
+use prost::Message;
 use proptest::{prelude::*, test_runner::RngSeed};
 
 use crate::{fixture, fixtures};
@@ -247,6 +250,11 @@ fn a_stored_weight_that_is_moved_is_stored_in_what_is_written_at_once() {
     assert!(moved.value().same(coded(4, &[6, 1]).permute(&[1, 0]).unwrap().value()));
 }
 
+fn tensor_type(dtype: DType) -> TypeProto {
+    let tensor = type_proto::Tensor { elem_type: Some(dtype as i32), shape: None };
+    TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }
+}
+
 /// A weight of a few values, half of them negative.
 fn coded(bits: u32, tile: &[usize]) -> Weight {
     let case = Case {
@@ -362,4 +370,51 @@ fn a_stored_model_is_as_small_as_predicted_and_a_second_run_changes_nothing() {
             }
         }
     }
+}
+
+#[test]
+fn what_a_file_declares_of_values_that_go_is_not_said_of_others() {
+    let model = Model::open(&fixture("models/mnist_lenet300.onnx")).unwrap();
+    let job = |passes: &str| Job { items: pipeline::parse(passes).unwrap(), verify: false, ..Job::default() };
+    let (small, _) = shrink(&model, &job("quantize:bits=2"), &mut |_| {}).unwrap();
+    let mut proto = small.to_proto();
+    let file = Model::decode(small.encode().into(), None).unwrap();
+    let facts = Shapes::infer(&file.graph, &BTreeMap::new());
+    let declared = file.graph.values().into_iter().map(|(name, value)| {
+        let dtype = facts.fact(value).unwrap().dtype.unwrap();
+        ValueInfoProto { name: Some(name.to_owned()), r#type: Some(tensor_type(dtype)), ..ValueInfoProto::default() }
+    });
+    proto.graph.as_mut().unwrap().value_info = declared.collect();
+    let declared = Model::decode(proto.encode_to_vec().into(), None).unwrap();
+    assert!(types::agree(&declared.graph));
+    let (other, _) = shrink(&declared, &job("codebook:bits=1"), &mut |_| {}).unwrap();
+    let other = Model::decode(other.encode().into(), None).unwrap();
+    assert!(types::agree(&other.graph), "{}", text::diff(&declared, &other));
+}
+
+#[test]
+fn types_of_what_is_written_for_half_precision_agree() {
+    let text = "<ir_version: 10, opset_import: [\"\": 21]>\ng (float16[1,2] x) => (float16[1,2] y)\n\
+                <int8[2,2] q = {1, -2, 3, 4}, float16[2] s = normal(2), float16 zero = {0.0}>\n\
+                {\n w = DequantizeLinear <axis = 1> (q, s)\n m = MatMul (x, w)\n r = Max (m, zero)\n i = Identity (r)\n y = Abs (i)\n}\n";
+    let model = text::parse(text).unwrap();
+    assert!(types::agree(&model.graph));
+    let job = Job { items: pipeline::parse("identity").unwrap(), verify: false, ..Job::default() };
+    let (small, _) = shrink(&model, &job, &mut |_| {}).unwrap();
+    let file = Model::decode(small.encode().into(), None).unwrap();
+    assert!(types::agree(&file.graph), "{}", text::diff(&model, &file));
+    assert_eq!(operators(&file.graph), ["DequantizeLinear", "MatMul", "Max", "Abs"]);
+}
+
+#[test]
+fn types_that_do_not_fit_together_are_found() {
+    let fits = |text: &str| types::agree(&text::parse(text).unwrap().graph);
+    let graph = |body: &str| {
+        format!("<ir_version: 8, opset_import: [\"\": 17]>\ng (float[4] x, float16[4] h, bool[4] c) => (float[4] y)\n{body}\n")
+    };
+    assert!(fits(&graph("{ y = Where (c, x, x) }")));
+    assert!(fits(&graph("<float[4] m> { m = Abs (x)\n y = Pow (m, h) }")));
+    assert!(!fits(&graph("{ y = Max (x, h) }")));
+    assert!(!fits(&graph("<int32[4] m> { m = Abs (x)\n y = Abs (m) }")));
+    assert!(!fits(&graph("{ y = Abs (h) }")), "an output");
 }

@@ -56,9 +56,8 @@ impl Rule<'_> {
                 let mask = Fact { dtype: truth, dims: x.dims.clone(), ints: None };
                 Some(vec![Fact { ints: None, ..x.clone() }, mask])
             }
-            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Mod" | "PRelu" | "And" | "Or" | "Xor" | "Sum" => {
-                self.elementwise(x.dtype)
-            }
+            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Mod" | "PRelu" | "And" | "Or" | "Xor" | "Sum"
+            | "BitShift" => self.elementwise(x.dtype),
             "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual" => self.elementwise(Some(DType::Bool)),
             "Not" => {
                 let ints = x.ints.as_ref().map(|ints| ints.iter().map(|i| not((*i)?)).collect());
