@@ -185,21 +185,22 @@ fn binary(call: &Call<'_>) -> Option<Tensor> {
     store(a.dtype(), &dims, values)
 }
 
-/// For each element of a tensor of shape `dims`, which of `count` scales is its own: one is for all, or for each index along an axis, or for
+/// For each element of a tensor of shape `dims`, which of `scales` is its own: one is for all, or for each index along an axis, or for
 /// each block along it.
-fn places_of_scales(call: &Call<'_>, dims: &[usize], count: usize) -> Option<Vec<usize>> {
+fn places_of_scales(call: &Call<'_>, dims: &[usize], scales: &Tensor) -> Option<Vec<usize>> {
     let along = || axis(call.op.int("axis").unwrap_or(1), dims.len());
     let mut tile = dims.to_vec();
     match call.op.int("block_size").unwrap_or(0) {
         block if block > 0 => {
+            (scales.dims().len() == dims.len()).then_some(())?;
             tile = vec![1; dims.len()];
             tile[along()?] = usize::try_from(block).ok()?;
         }
-        _ if count > 1 => tile[along()?] = 1,
+        _ if scales.len() > 1 => tile[along()?] = 1,
         _ => {}
     }
     let grid: Vec<_> = dims.iter().zip(&tile).map(|(extent, tile)| extent.div_ceil((*tile).max(1))).collect();
-    (grid.iter().product::<usize>() == count).then_some(())?;
+    (grid.iter().product::<usize>() == scales.len()).then_some(())?;
     let (steps, indices) = (strides(&grid), strides(dims));
     let place = |i: usize| (0..dims.len()).map(|axis| i / indices[axis] % dims[axis] / tile[axis] * steps[axis]).sum();
     Some((0..dims.iter().product()).map(place).collect())
@@ -209,12 +210,13 @@ fn places_of_scales(call: &Call<'_>, dims: &[usize], count: usize) -> Option<Vec
 fn dequantize(call: &Call<'_>) -> Option<Tensor> {
     let (x, scales) = (call.input(0)?, call.input(1)?);
     call.op.int("output_dtype").is_none_or(|dtype| dtype == 0).then_some(())?;
-    let places = places_of_scales(call, x.dims(), scales.len())?;
+    let places = places_of_scales(call, x.dims(), scales)?;
     let zeros = call.input(2).map_or_else(|| Some(vec![0; scales.len()]), Tensor::codes)?;
+    (zeros.len() == scales.len()).then_some(())?;
     let (codes, scale) = (x.codes()?, scales.f64s()?);
     let value = |(code, place): (i64, usize)| (code - zeros[place]) as f64 * scale[place];
     let values: Vec<f64> = codes.into_iter().zip(places).map(value).collect();
-    (zeros.len() == scale.len()).then(|| Tensor::floats(scales.dtype(), x.dims(), &values))?
+    Tensor::floats(scales.dtype(), x.dims(), &values)
 }
 
 /// The nearest integer to x / s, halves to even ones, plus z, of eight bits.
@@ -227,7 +229,7 @@ fn quantize(call: &Call<'_>) -> Option<Tensor> {
     };
     let is_single = x.dtype() == DType::Float && scales.dtype() == DType::Float;
     (is_single && x.is_finite() && zeros.len() == scales.len()).then_some(())?;
-    let places = places_of_scales(call, x.dims(), scales.len())?;
+    let places = places_of_scales(call, x.dims(), scales)?;
     let (zero, scale) = (zeros.codes()?, scales.f32s()?);
     let code = |(x, place): (f32, usize)| {
         let whole = (x / scale[place]).round_ties_even();

@@ -120,9 +120,10 @@ impl Tensor {
     }
 
     /// A tensor of the integer type `dtype` of at least eight bits, or of booleans; `None` for other types, and where a
-    /// value does not fit.
+    /// value does not fit or there are more or fewer than elements.
     #[must_use]
     pub fn integers(dtype: DType, dims: &[usize], values: &[i64]) -> Option<Self> {
+        (values.len() == dims.iter().product::<usize>()).then_some(())?;
         macro_rules! packed {
             ($t:ty) => {
                 values.iter().map(|&v| <$t>::try_from(v).ok()).collect::<Option<Vec<$t>>>()?
@@ -143,9 +144,11 @@ impl Tensor {
         Some(Self::made(dtype, dims, bytes))
     }
 
-    /// A tensor of the floating-point type `dtype`, each value rounded to it; `None` for other types.
+    /// A tensor of the floating-point type `dtype`, each value rounded to it; `None` for other types, and where there are more or fewer
+    /// values than elements.
     #[must_use]
     pub fn floats(dtype: DType, dims: &[usize], values: &[f64]) -> Option<Self> {
+        (values.len() == dims.iter().product::<usize>()).then_some(())?;
         let bytes = match dtype {
             DType::Float => packed(values, |v| (v as f32).to_le_bytes()),
             DType::Double => packed(values, f64::to_le_bytes),

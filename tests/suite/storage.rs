@@ -13,8 +13,8 @@ use onnx_shrink::{
     shrink::{Job, shrink},
     text,
 };
-use prost::Message;
 use proptest::{prelude::*, test_runner::RngSeed};
+use prost::Message;
 
 use crate::{fixture, fixtures};
 
@@ -410,11 +410,46 @@ fn types_of_what_is_written_for_half_precision_agree() {
 fn types_that_do_not_fit_together_are_found() {
     let fits = |text: &str| types::agree(&text::parse(text).unwrap().graph);
     let graph = |body: &str| {
-        format!("<ir_version: 8, opset_import: [\"\": 17]>\ng (float[4] x, float16[4] h, bool[4] c) => (float[4] y)\n{body}\n")
+        format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[4] x, float16[4] h, bool[4] c) => (float[4] y)\n{body}\n"
+        )
     };
     assert!(fits(&graph("{ y = Where (c, x, x) }")));
     assert!(fits(&graph("<float[4] m> { m = Abs (x)\n y = Pow (m, h) }")));
     assert!(!fits(&graph("{ y = Max (x, h) }")));
     assert!(!fits(&graph("<int32[4] m> { m = Abs (x)\n y = Abs (m) }")));
     assert!(!fits(&graph("{ y = Abs (h) }")), "an output");
+}
+
+#[test]
+fn parts_that_do_not_fit_together_are_no_weight() {
+    let graph = |parts: &str, node: &str| {
+        let text = format!(
+            "<ir_version: 10, opset_import: [\"\": 21]>\ng (float[1,2] x) => (float[1,4] y)\n\
+             <int8[2,4] q = {{1, -2, 3, 4, 5, 6, 7, 8}}, {parts}>\n{{\n w = {node}\n r = Abs (w)\n y = MatMul (x, r)\n}}\n"
+        );
+        text::parse(&text).unwrap()
+    };
+    let along = "DequantizeLinear <axis = 1> (q, s, z)";
+    let whole = "float[4] s = {1.0, 2.0, 3.0, 4.0}, int8[4] z = {0, 1, 2, 3}";
+    for (parts, node, is_weight) in [
+        (whole, along, true),
+        ("float[4] s = {1.0, 2.0, 3.0, 4.0}, int8[2] z = {1, 2}", along, false),
+        ("float[4] s = {1.0, 2.0, 3.0, 4.0}, int8[5] z = {1, 2, 3, 4, 5}", along, false),
+        ("float[3] s = {1.0, 2.0, 3.0}, int8[3] z = {1, 2, 3}", along, false),
+        (whole, "DequantizeLinear <axis = 5> (q, s, z)", false),
+        (whole, "DequantizeLinear <axis = 1, block_size = 3> (q, s, z)", false),
+        (
+            "float[2,2] s = {1.0, 2.0, 3.0, 4.0}, int8[2] z = {1, 2}",
+            "DequantizeLinear <axis = 1, block_size = 2> (q, s, z)",
+            false,
+        ),
+        ("float[0] s = {}, int8[0] z = {}", along, false),
+    ] {
+        let mut model = graph(parts, node);
+        model.raise();
+        let is_stored = model.graph.weight(model.graph.values()["w"]).is_some_and(Weight::is_stored);
+        assert_eq!(is_stored, is_weight, "{parts}: {node}");
+        assert_eq!(evaluated(&graph(parts, node).graph).contains_key("w"), is_weight, "{parts}: {node}");
+    }
 }
