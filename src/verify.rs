@@ -127,16 +127,18 @@ pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> 
     Ok(Some(together.iter().flatten().enumerate().all(agrees)))
 }
 
-/// Whether the file of `model` loads and computes of the first of `samples` what its twin with weights as floats computes;
-/// `None` where the engine only runs twins.
+/// Whether the file of `model` loads, optimized too, and computes of the first of `samples` what its twin with weights as floats
+/// computes; `None` where the engine only runs twins.
 ///
 /// # Errors
 ///
 /// When the engine can't run the file or the twin.
 pub fn runs_as_written(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> Result<Option<bool>, Cannot> {
     const CLOSE: f64 = 1e-4;
-    let Some(literal) = engine.as_written() else { return Ok(None) };
+    let (Some(literal), Some(optimized)) = (engine.as_written(), engine.optimized()) else { return Ok(None) };
     let first = &samples[..samples.len().min(1)];
+    // That rounds what it multiplies by codes, so that it is only asked to run.
+    Runners::new(&optimized, model).run(first)?;
     let written = Runners::new(&literal, model).run(first)?.concat();
     let twin = Runners::new(engine, model).run(first)?.concat();
     let mut pairs = written.iter().zip(&twin);

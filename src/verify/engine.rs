@@ -95,15 +95,27 @@ pub enum Cannot {
 pub struct Engine {
     /// ONNX Runtime, if it and not tract is to run them.
     onnxruntime: Option<onnxruntime::Library>,
-    /// Whether that runs files as they will be written, and not with weights as floats.
-    as_written: bool,
+    /// What it is given of a model.
+    given: Given,
     /// Bytes that a run may take.
     max_memory: u64,
 }
 
+/// What ONNX Runtime is given of a model, and how it is to run that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Given {
+    /// The model with weights as floats, run operator by operator.
+    #[default]
+    Twin,
+    /// The file as it will be written, run operator by operator.
+    Written,
+    /// The file as it will be written, with all optimizations.
+    Optimized,
+}
+
 impl Default for Engine {
     fn default() -> Self {
-        Self { onnxruntime: None, as_written: false, max_memory: u64::MAX }
+        Self { onnxruntime: None, given: Given::default(), max_memory: u64::MAX }
     }
 }
 
@@ -122,7 +134,14 @@ impl Engine {
     /// which lacks some of these.
     #[must_use]
     pub fn as_written(&self) -> Option<Self> {
-        self.onnxruntime.is_some().then(|| Self { as_written: true, ..self.clone() })
+        self.onnxruntime.is_some().then(|| Self { given: Given::Written, ..self.clone() })
+    }
+
+    /// The same engine for files as they will be written, with all its optimizations, so that it may multiply by the codes of weights;
+    /// `None` for tract.
+    #[must_use]
+    pub fn optimized(&self) -> Option<Self> {
+        self.onnxruntime.is_some().then(|| Self { given: Given::Optimized, ..self.clone() })
     }
 
     /// The same engine with a limit on the memory of a run, in bytes.
@@ -166,7 +185,7 @@ impl Engine {
         plain.graph.inline_external();
         let prepared = Prepared { model: &plain, types };
         Ok(Runner(match &self.onnxruntime {
-            Some(library) => Box::new(library.session(&prepared, sample, self.as_written)?),
+            Some(library) => Box::new(library.session(&prepared, sample, self.given)?),
             None => Box::new(branches::Branches::new(&prepared, sample)?),
         }))
     }

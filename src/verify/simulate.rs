@@ -36,22 +36,27 @@ fn simulate(model: &Model, graph: &mut Graph) {
     }
 }
 
-/// Has `product` read its first operand, of rows of so many values, rounded.
+/// Has `product` read its first operand, of rows of so many values, rounded; the last block of a row may be shorter.
 fn round_operand(graph: &mut Graph, product: NodeId, (width, block): (usize, usize)) -> Option<()> {
     let read = graph.operand(product, 0)?;
-    let block = if width.is_multiple_of(block) { block } else { width };
     let step = |graph: &mut Graph, op: Op, operands: &[Outlet]| {
         let operands: Vec<_> = operands.iter().copied().map(Some).collect();
         graph.add_op(op, &operands, &["rounded"], product).out()
     };
     let constant = |graph: &mut Graph, tensor: Tensor| graph.add_const(Weight::dense(tensor), "rounded");
     let number = |graph: &mut Graph, value: f64| Some(constant(graph, Tensor::floats(DType::Float, &[], &[value])?));
+    let extents = |graph: &mut Graph, extents: &[i64]| constant(graph, Tensor::i64(&[extents.len()], extents));
     let shape = step(graph, Op::new("Shape"), &[read]);
-    let apart = constant(graph, Tensor::i64(&[2], &[-1, block as i64]));
-    let blocks = step(graph, Op::new("Reshape"), &[read, apart]);
+    let whole = width.next_multiple_of(block);
+    let apart = extents(graph, &[-1, width as i64]);
+    let rows = step(graph, Op::new("Reshape"), &[read, apart]);
+    let pads = extents(graph, &[0, 0, 0, (whole - width) as i64]);
+    let padded = step(graph, Op::new("Pad"), &[rows, pads]);
+    let apart = extents(graph, &[-1, block as i64]);
+    let blocks = step(graph, Op::new("Reshape"), &[padded, apart]);
     let sizes = step(graph, Op::new("Abs"), &[blocks]);
     let largest = if graph.opset() >= 18 {
-        let axes = constant(graph, Tensor::i64(&[1], &[1]));
+        let axes = extents(graph, &[1]);
         step(graph, Op::new("ReduceMax"), &[sizes, axes])
     } else {
         step(graph, Op::new("ReduceMax").with_ints("axes", &[1]), &[sizes])
@@ -59,9 +64,13 @@ fn round_operand(graph: &mut Graph, product: NodeId, (width, block): (usize, usi
     let (count, least) = (number(graph, LARGEST)?, number(graph, f64::from(f32::MIN_POSITIVE))?);
     let scale = step(graph, Op::new("Div"), &[largest, count]);
     let scale = step(graph, Op::new("Max"), &[scale, least]);
-    let whole = step(graph, Op::new("Div"), &[blocks, scale]);
-    let whole = step(graph, Op::new("Round"), &[whole]);
-    let rounded = step(graph, Op::new("Mul"), &[whole, scale]);
+    let codes = step(graph, Op::new("Div"), &[blocks, scale]);
+    let codes = step(graph, Op::new("Round"), &[codes]);
+    let rounded = step(graph, Op::new("Mul"), &[codes, scale]);
+    let apart = extents(graph, &[-1, whole as i64]);
+    let rounded = step(graph, Op::new("Reshape"), &[rounded, apart]);
+    let (begin, end, axis) = (extents(graph, &[0]), extents(graph, &[width as i64]), extents(graph, &[1]));
+    let rounded = step(graph, Op::new("Slice"), &[rounded, begin, end, axis]);
     let rounded = step(graph, Op::new("Reshape"), &[rounded, shape]);
     graph.set_operand(product, 0, Some(rounded));
     Some(())

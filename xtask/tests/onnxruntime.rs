@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use onnx_shrink::{
     codec::{Model, Runtime},
-    ir::{DType, Tensor, Weight},
+    ir::{Affine, Codes, DType, Storage, Tensor, Weight},
     pipeline,
     shrink::{Job, shrink},
     text,
@@ -95,6 +95,46 @@ fn stored_weights_run_as_written() {
                 assert_eq!(runs.unwrap(), Some(true), "{} {passes} {runtime:?}", path.display());
             }
         }
+    }
+}
+
+#[test]
+fn rounding_is_simulated_as_onnxruntime_rounds() {
+    const COLUMNS: usize = 512;
+    for (width, opset, bits, block) in [
+        (512, 13, 8, 512),
+        (500, 13, 8, 500),
+        (512, 21, 8, 64),
+        (512, 21, 4, 512),
+        (500, 13, 4, 500),
+        (512, 21, 4, 128),
+    ] {
+        // Channels of very different sizes, so that which of them share a scale matters.
+        let text = format!(
+            "<ir_version: 10, opset_import: [\"\": {opset}]>\ng (float[1,{width}] x) => (float[1,{COLUMNS}] y)\n\
+             <float[{width},{COLUMNS}] w = normal(1), float[{width}] size = normal(3)>\n\
+             {{\n a = Mul (size, size)\n b = Mul (a, x)\n y = MatMul (b, w)\n}}\n"
+        );
+        let mut model = text::parse(&text).unwrap();
+        let value = model.graph.values()["w"];
+        let codes: Vec<u8> = (0..width * COLUMNS).map(|i| (i * i / 7 % (1 << bits)) as u8).collect();
+        let codes = Codes::new(&[width, COLUMNS], bits, &[block, 1], codes.into()).unwrap();
+        let grid = codes.grid();
+        let scales = vec![0.125; grid.iter().product()];
+        let zeros = vec![1_i64 << (bits - 1); scales.len()];
+        let scales = Tensor::floats(DType::Float, &grid, &scales).unwrap();
+        let form = Affine::new(codes, false, scales, Tensor::integers(DType::Int32, &grid, &zeros)).unwrap();
+        let stored = Weight::stored(Storage::Affine(form.to_multiply_by())).unwrap();
+        model.graph.set_weight(value, Weight::dense(stored.value().clone()));
+        let mut small = model.clone();
+        small.graph.set_weight(value, stored);
+        let inputs = Samples::gather(&model, &request()).unwrap().part(Split::Last);
+        let simulated = Reference::before_squashing(&engine(), &model, inputs.clone()).unwrap();
+        let simulated = simulated.compare(&small).unwrap().error;
+        let found =
+            Reference::new(&engine().optimized().unwrap(), &model, inputs).unwrap().compare(&small).unwrap().error;
+        assert!(found > 1e-3, "{width} {opset} {bits} {block}: nothing was rounded");
+        assert!((simulated / found - 1.0).abs() < 0.05, "{width} {opset} {bits} {block}: {simulated} for {found}");
     }
 }
 

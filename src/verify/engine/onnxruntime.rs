@@ -14,7 +14,7 @@ use ort::{
     value::{DynValue, Tensor, TensorElementType, ValueType},
 };
 
-use super::{Cannot, Prepared, Run, Value, guarded};
+use super::{Cannot, Given, Prepared, Run, Value, guarded};
 use crate::ir::DType;
 
 const NAME: &str = "onnxruntime";
@@ -44,17 +44,16 @@ impl Library {
         Ok(library)
     }
 
-    /// Loads a model, or its twin, and runs it once: one thread and no optimizations, so that the answer is the same each time.
-    pub(super) fn session(
-        &self,
-        prepared: &Prepared<'_>,
-        sample: &[Value],
-        as_written: bool,
-    ) -> Result<Loaded, Cannot> {
-        let bytes = if as_written { prepared.model.encode() } else { prepared.model.encode_twin() };
+    /// Loads what is `given` of a model, and runs it once: one thread, so that the answer is the same each time.
+    pub(super) fn session(&self, prepared: &Prepared<'_>, sample: &[Value], given: Given) -> Result<Loaded, Cannot> {
+        let bytes = if given == Given::Twin { prepared.model.encode_twin() } else { prepared.model.encode() };
+        let level = match given {
+            Given::Twin | Given::Written => GraphOptimizationLevel::Disable,
+            Given::Optimized => GraphOptimizationLevel::All,
+        };
         let session = guarded(NAME, || -> ort::Result<Session> {
             Session::builder(&self.0)?
-                .with_optimization_level(GraphOptimizationLevel::Disable)?
+                .with_optimization_level(level)?
                 .with_intra_threads(1)?
                 // Without it, products of 8-bit integers saturate on processors that lack VNNI.
                 .with_precise_qmm()?
