@@ -17,7 +17,11 @@ use crate::{
 /// Fidelity: lossy. What half precision holds exactly costs nothing; for the rest, the error budget decides.
 #[derive(Debug, clap::Parser)]
 #[command(name = "half")]
-pub(super) struct Half {}
+pub(super) struct Half {
+    /// Store each weight so that half precision holds, whatever the error.
+    #[arg(long)]
+    all: bool,
+}
 
 impl Declare for Half {
     const NAME: &'static str = "half";
@@ -31,6 +35,6 @@ impl Pass for Half {
     }
 
     fn is_fixed(&self) -> bool {
-        false
+        self.all
     }
 }

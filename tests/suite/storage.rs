@@ -453,3 +453,39 @@ fn parts_that_do_not_fit_together_are_no_weight() {
         assert_eq!(evaluated(&graph(parts, node).graph).contains_key("w"), is_weight, "{parts}: {node}");
     }
 }
+
+#[test]
+fn products_by_codes_leave_alone_what_is_kept_and_are_paid_for() {
+    let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[1,512] x) => (float[1,512] y)\n\
+                <float[512,512] w = normal(1), float[512,512] v = normal(2)>\n{\n [first] h = MatMul (x, w)\n s = Tanh (h)\n y = MatMul (s, v)\n}\n";
+    let model = text::parse(text).unwrap();
+    let products = |model: &Model, job: &Job| {
+        let (small, report) = shrink(model, job, &mut |_| {}).unwrap();
+        let file = Model::decode(small.encode().into(), None).unwrap();
+        let products = operators(&file.graph).into_iter().filter(|op| *op == "DequantizeLinear").count();
+        (file, report.after.bytes * 3 < report.before.bytes, products)
+    };
+    let job = |passes: &str| Job { items: pipeline::parse(passes).unwrap(), verify: false, ..Job::default() };
+    assert!(matches!(products(&model, &job("quantize:bits=8")), (_, true, 2)));
+    // What is stored already, by a pass that makes no such products, may be multiplied by.
+    let (mut table, _, none) = products(&model, &job("codebook:bits=8"));
+    assert_eq!(none, 0);
+    for (name, step) in [("w", 7), ("v", 5)] {
+        let bytes: Vec<u8> = (0..512_usize * 512).map(|i| (i * i / step % 251) as u8).collect();
+        let codes = Codes::new(&[512, 512], 8, &[512, 1], bytes.into()).unwrap();
+        let scales = Tensor::floats(DType::Float, &[1, 512], &[0.5; 512]).unwrap();
+        let form = Affine::new(codes, true, scales, None).unwrap();
+        table.raise();
+        let value = table.graph.values()[name];
+        table.graph.set_weight(value, Weight::stored(Storage::Affine(form)).unwrap());
+    }
+    let keep = |name: &str| Job { keep: vec![globset::Glob::new(name).unwrap()], ..job("quantize:bits=8") };
+    assert_eq!(products(&table, &job("quantize:bits=8")).2, 2);
+    assert_eq!(products(&table, &keep("first")).2, 1);
+    assert_eq!(products(&table, &keep("[wv]")).2, 0);
+    // Where there is room for what eight bits lose, and none for what rounding what they multiply does, they are made floats of.
+    let within = |budget: f64| Job { max_error: Some(budget), verify: true, ..job("quantize") };
+    assert!(matches!(products(&model, &within(0.001)), (_, false, 0)));
+    assert!(matches!(products(&model, &within(0.024)), (_, true, 0)));
+    assert!(matches!(products(&model, &within(0.1)), (_, true, 2)));
+}

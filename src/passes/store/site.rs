@@ -7,9 +7,9 @@ use super::super::rewrite::{Known, Statistics, shape_of};
 use crate::{
     analysis::linear::Linear,
     codec::{is_between_codes, least_opset, packs, spelled_bytes},
-    coding::{self, Form, Plane, Tiling},
+    coding::{self, Form, Plane, Scheme, Tiling},
     factor::{Metric, Shape},
-    ir::{Codes, DType, Graph, Inlet, NodeId, Outlet, Storage, Tensor, Weight},
+    ir::{Codes, DType, Graph, Inlet, Kind, NodeId, Outlet, Storage, Tensor, Weight},
     pass::Context,
     refit::Bias,
 };
@@ -30,17 +30,29 @@ pub(in crate::passes) enum Way {
 impl Way {
     /// Why a weight of a graph over this operator set can be stored in none of some ways.
     pub(super) fn why_not(ways: &[Self], opset: i64) -> String {
-        let least = ways.iter().map(|way| match way {
-            Self::Codes(form) => least_opset(*form),
-            _ => 0,
-        });
-        match (ways, least.min()) {
-            ([Self::Half], _) => "holds values beyond what half precision does, or is no wider".to_owned(),
-            (_, Some(least)) if least > opset => {
-                format!("takes operators of set {least}, and the model imports {opset}; bits=8 may not")
-            }
-            _ => "can't be cut in such blocks or vectors".to_owned(),
+        let least = ways.iter().map(|way| way.least_opset()).min().unwrap_or(0);
+        if least > opset {
+            let bytes =
+                |way: &Self| matches!(way, Self::Codes(form) if least_opset(Form { bits: 8, ..*form }) <= opset);
+            let instead = if ways.iter().any(bytes) { "; bits=8 does not" } else { "" };
+            return format!("takes operators of set {least}, and the model imports {opset}{instead}");
         }
+        match ways {
+            [Self::Half] => "holds values beyond what half precision does, or is no wider",
+            [Self::Vectors(..), ..] => "can't be cut in such vectors",
+            _ => "can't be cut in such blocks",
+        }
+        .to_owned()
+    }
+
+    /// The first operator set that has what is spelled so.
+    fn least_opset(self) -> i64 {
+        let plain = |bits: u32| Form { scheme: Scheme::Table, bits, tiling: Tiling::Tensor };
+        least_opset(match self {
+            Self::Half | Self::Exact => plain(8),
+            Self::Codes(form) => form,
+            Self::Vectors(bits, _) => plain(bits),
+        })
     }
 
     /// Bits of each element, about.
@@ -122,44 +134,12 @@ impl Site {
         value: Outlet,
         (statistics, cx): (&Statistics, &Context),
         (outermost, fewest): (bool, u32),
-    ) -> Result<Option<Self>, String> {
-        let Some(weight) = graph.weight(value) else { return Ok(None) };
-        let tensor = weight.value();
-        let is_float = matches!(tensor.dtype(), DType::Float | DType::Double | DType::Float16);
-        // What has one axis only, such as a bias for each channel, has no rows.
-        let is_matrix = tensor.dims().iter().filter(|extent| **extent > 1).count() > 1;
-        let is_of_gates = |(node, inlet): &(NodeId, Inlet)| {
-            ["LSTM", "GRU", "RNN"].iter().any(|kind| graph.op_of(*node, kind).is_some()) && *inlet > Inlet::Slot(2)
-        };
-        let uses = graph.uses(value);
-        if !is_float || !is_matrix || tensor.len() < FEWEST || !uses.is_empty() && uses.iter().all(is_of_gates) {
+    ) -> Result<Option<Self>, &'static str> {
+        if !is_large(graph, value) {
             return Ok(None);
         }
-        let bits = match weight.storage() {
-            Storage::Dense => None,
-            Storage::Half => Some(16),
-            Storage::Affine(_) | Storage::Codebook(_) if !is_between_codes(graph, value.node) => {
-                weight.storage().codes().map(Codes::bits)
-            }
-            _ => Some(0),
-        };
-        if bits.is_some_and(|bits| bits <= fewest) {
-            return Err("is stored in as few bits already, or between integers".to_owned());
-        }
+        let weight = objection(graph, value, cx, fewest)?;
         let linear = layers(graph, value).unwrap_or_default();
-        let nodes: Vec<_> = graph.uses(value).into_iter().map(|(node, _)| graph.label(node)).collect();
-        if cx.is_kept(&[graph.name(value)]) || cx.is_kept(&nodes) {
-            return Err("kept by --keep".to_owned());
-        }
-        if graph.is_pinned(value) {
-            return Err("is named by an annotation or by training information".to_owned());
-        }
-        if graph.is_output(value) {
-            return Err("is an output of the graph".to_owned());
-        }
-        if !tensor.is_finite() {
-            return Err("holds values that are not finite".to_owned());
-        }
         let shape = linear.first().map(|first| {
             let shape = shape_of(graph, first);
             // Directions of a recurrence are groups of their own.
@@ -169,7 +149,7 @@ impl Site {
         let known = (outermost && !linear.is_empty()).then(|| Known::of(graph, linear.clone(), statistics)).flatten();
         let known = known.map(|known| known.taking_bias(linear.iter().all(takes_bias)));
         let mut hasher = Xxh3::new();
-        hasher.update(&tensor.hash().to_le_bytes());
+        hasher.update(&weight.value().hash().to_le_bytes());
         let axis = linear.first().map(Linear::output_axis);
         hasher.update(
             format!("{shape:?} {axis:?} {} {:?}", graph.opset(), known.as_ref().map(|known| known.takes_bias))
@@ -186,7 +166,7 @@ impl Site {
             label,
             readers: linear.len().max(1),
             whole: weight.stored_bytes() as f64,
-            plane: Plane::new(tensor.dims(), linear.first()),
+            plane: Plane::new(weight.value().dims(), linear.first()),
             linear,
             shape,
             known,
@@ -250,6 +230,41 @@ impl Site {
     fn means(&self, graph: &Graph, statistics: &Statistics) -> Option<Vec<DVector<f64>>> {
         self.known.as_ref().filter(|known| known.takes_bias)?.means(graph, statistics, self.shape.as_ref()?)
     }
+}
+
+/// Whether the constant `value` is of floats, a matrix at least, and of more than a few elements.
+fn is_large(graph: &Graph, value: Outlet) -> bool {
+    let Kind::Const(constant) = graph.kind(value.node) else { return false };
+    let tensor = constant.weight.value();
+    let is_float = matches!(tensor.dtype(), DType::Float | DType::Double | DType::Float16);
+    // What has one axis only, such as a bias for each channel, has no rows.
+    let is_matrix = tensor.dims().iter().filter(|extent| **extent > 1).count() > 1;
+    let is_of_gates = |(node, inlet): &(NodeId, Inlet)| {
+        ["LSTM", "GRU", "RNN"].iter().any(|kind| graph.op_of(*node, kind).is_some()) && *inlet > Inlet::Slot(2)
+    };
+    let uses = graph.uses(value);
+    is_float && is_matrix && tensor.len() >= FEWEST && (uses.is_empty() || !uses.iter().all(is_of_gates))
+}
+
+/// The weight that `value` is; an error is why it may not be stored in other ways, or in none of `fewest` bits.
+fn objection<'g>(graph: &'g Graph, value: Outlet, cx: &Context, fewest: u32) -> Result<&'g Weight, &'static str> {
+    let weight = graph.weight(value).ok_or("is listed as an input, for which a caller may feed another")?;
+    let bits = match weight.storage() {
+        Storage::Dense => None,
+        Storage::Half => Some(16),
+        Storage::Affine(_) | Storage::Codebook(_) => weight.storage().codes().map(Codes::bits),
+        Storage::Vectors(_) => Some(0),
+    };
+    let nodes: Vec<_> = graph.uses(value).into_iter().map(|(node, _)| graph.label(node)).collect();
+    let objections = [
+        (bits.is_some_and(|bits| bits <= fewest), "is stored in as few bits already"),
+        (weight.is_stored() && is_between_codes(graph, value.node), "is multiplied with integers as it is"),
+        (cx.is_kept(&[graph.name(value)]) || cx.is_kept(&nodes), "kept by --keep"),
+        (graph.is_pinned(value), "is named by an annotation or by training information"),
+        (graph.is_output(value), "is an output of the graph"),
+        (!weight.value().is_finite(), "holds values that are not finite"),
+    ];
+    objections.into_iter().find(|(holds, _)| *holds).map_or(Ok(weight), |(_, why)| Err(why))
 }
 
 /// Rows of `matrix` that tell its energy: all, or of large ones, equally spaced ones.
