@@ -34,6 +34,8 @@ const DAMPING: f64 = 0.01;
 pub enum Scheme {
     /// Whole multiples of a scale, positive and negative.
     Uniform,
+    /// Whole multiples of a scale, of which a zero point tells how many are positive.
+    Shifted,
     /// Entries of a table.
     Table,
 }
@@ -74,6 +76,12 @@ pub fn nearest(
             let scales: Vec<f64> = tiles.par_iter().map(|tile| scale::search(tile, low, high)).collect();
             Levels::uniform(scales, None, true, (low, high))
         }
+        Scheme::Shifted => {
+            let top = levels::top(bits);
+            let found: Vec<_> = tiles.par_iter().map(|tile| scale::search_shifted(tile, top)).collect();
+            let (scales, zeros) = found.into_iter().unzip();
+            Levels::uniform(scales, Some(zeros), false, (0.0, top))
+        }
         Scheme::Table => {
             let entries = 1 << bits;
             let tables: Vec<Vec<f64>> = tiles.par_iter().map(|tile| means::table(tile, entries)).collect();
@@ -89,7 +97,7 @@ pub fn nearest(
 /// `value` in the form of `storage`, or in one as like it as another shape allows, each element by the nearest.
 #[must_use]
 pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
-    let (scheme, codes) = match storage {
+    let (form, codes) = match storage {
         Storage::Dense => return Some(Weight::dense(value.clone())),
         Storage::Half => {
             let halves = Tensor::floats(DType::Float16, value.dims(), &value.f64s()?)?;
@@ -100,11 +108,11 @@ pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
             let plane = Plane::new(value.dims(), None);
             return Weight::stored(fit_vectors((&plane, form), (value.dtype(), value.dims()), &value.f64s()?, &[])?);
         }
-        Storage::Affine(affine) => (Scheme::Uniform, affine.codes()),
-        Storage::Codebook(codebook) => (Scheme::Table, codebook.codes()),
+        Storage::Affine(affine) => (form_of(affine), affine.codes()),
+        Storage::Codebook(codebook) => ((Scheme::Table, codebook.codes().bits()), codebook.codes()),
     };
     let tile = codes.tile_for(value.dims());
-    let like = nearest((scheme, codes.bits()), (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
+    let like = nearest(form, (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
     Weight::stored(like.like(storage))
 }
 
@@ -122,10 +130,32 @@ pub(crate) fn fit_like(
         let form = (vectors.codes().bits(), vectors.width());
         return Weight::stored(fit_vectors((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?);
     }
-    let Some(codes) = template.storage().codes() else { return template.fit(dims, &values) };
-    let form = (Scheme::of(template.storage())?, codes.bits(), codes.tile());
+    let ((scheme, bits), codes) = match template.storage() {
+        Storage::Affine(affine) => (form_of(affine), affine.codes()),
+        Storage::Codebook(codebook) => ((Scheme::Table, codebook.codes().bits()), codebook.codes()),
+        _ => return template.fit(dims, &values),
+    };
+    let form = (scheme, bits, codes.tile());
     let fitted = fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?;
     Weight::stored(fitted.like(template.storage()))
+}
+
+/// The scheme and the bits of codes like those of `affine`: with zero points where these are not in the middle for all tiles, and in seven
+/// bits where half of the range of eight is used, in which kernels add two products without overflow.
+fn form_of(affine: &Affine) -> (Scheme, u32) {
+    let bits = affine.codes().bits();
+    let middle = if affine.is_signed() { 0 } else { 1 << (bits - 1) };
+    let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_else(|| vec![0]);
+    // One that is the same for all tiles is a convention, and kernels may ask for it.
+    let is_shifted = if zeros.len() == 1 && affine.scales().len() == 1 {
+        zeros[0] != middle
+    } else {
+        zeros.iter().any(|zero| *zero != zeros[0])
+    };
+    let code = |&byte: &u8| if affine.is_signed() { i64::from(byte as i8) } else { i64::from(byte) };
+    let half = if is_shifted && !affine.is_signed() { 0..=127 } else { middle - 64..=middle + 64 };
+    let is_reduced = bits == 8 && affine.codes().bytes().iter().all(|byte| half.contains(&code(byte)));
+    (if is_shifted { Scheme::Shifted } else { Scheme::Uniform }, if is_reduced { 7 } else { bits })
 }
 
 /// A table of all values of a weight that has at most 256 different ones, and indices of the fewest bits, or of eight.
@@ -155,16 +185,6 @@ pub fn exact_table(value: &Tensor, is_packed: bool) -> Option<Weight> {
 
 /// Bits that codes may have.
 pub const WIDTHS: [u32; 5] = [1, 2, 3, 4, 8];
-
-impl Scheme {
-    fn of(storage: &Storage) -> Option<Self> {
-        match storage {
-            Storage::Dense | Storage::Half | Storage::Vectors(_) => None,
-            Storage::Affine(_) => Some(Self::Uniform),
-            Storage::Codebook(_) => Some(Self::Table),
-        }
-    }
-}
 
 impl Levels {
     /// The storage of `codes` that stand for these levels.
@@ -219,7 +239,7 @@ mod tests {
     fn codes_in_a_metric_lose_less_of_it_than_the_nearest() {
         let (weight, spread) = (noise(24, 48, 1), covariance(48));
         let (values, plane) = (by_rows(&weight), Plane::new(&DIMS, None));
-        for scheme in [Scheme::Uniform, Scheme::Table] {
+        for scheme in [Scheme::Uniform, Scheme::Shifted, Scheme::Table] {
             for bits in [2, 4] {
                 for tiling in [Tiling::Tensor, Tiling::Rows, Tiling::Blocks(24)] {
                     let tile = match tiling {
@@ -236,6 +256,49 @@ mod tests {
                     assert_eq!(alike.codes().unwrap().bytes(), plain.codes().unwrap().bytes());
                 }
             }
+        }
+    }
+
+    /// Codes of some template, to which other values are fitted.
+    fn template(bits: u32, is_signed: bool, zero: i64, codes: impl Fn(usize) -> i64) -> Storage {
+        let bytes: Vec<u8> = (0..24 * 48).map(|i| codes(i) as u8).collect();
+        let codes = Codes::new(&DIMS, bits, &DIMS, bytes.into()).unwrap();
+        let scales = Tensor::floats(DType::Float, &[1, 1], &[0.1]).unwrap();
+        let zeros = Tensor::integers(DType::Int32, &[1, 1], &[zero]);
+        Storage::Affine(Affine::new(codes, is_signed, scales, zeros).unwrap())
+    }
+
+    #[test]
+    fn what_is_fitted_is_kept_as_the_template_is() {
+        let weight = noise(24, 48, 1);
+        let off = |template: &Storage, values: &[f64]| {
+            let value = Tensor::floats(DType::Float, &DIMS, values).unwrap();
+            let fitted = like(template, &value).unwrap();
+            let stored = fitted.value().f64s().unwrap();
+            let lost: f64 = stored.iter().zip(values).map(|(a, b)| (a - b).powi(2)).sum();
+            let Storage::Affine(affine) = fitted.storage().clone() else { panic!("no integers") };
+            (affine, lost / values.iter().map(|value| value * value).sum::<f64>())
+        };
+        let values = by_rows(&weight);
+        let uneven: Vec<f64> = values.iter().map(|value| value.abs() + 0.2 * value).collect();
+        // One that is not in the middle is worth a bit where values are of one sign.
+        for (bits, is_signed) in [(4, false), (8, false), (8, true)] {
+            let zero = if is_signed { -100 } else { 3 };
+            let code = |i: usize, is_signed: bool| (i as i64 * 7) % (1 << bits) - (i64::from(is_signed) << (bits - 1));
+            let (affine, shifted) = off(&template(bits, is_signed, zero, |i| code(i, is_signed)), &uneven);
+            let (_, even) = off(&template(bits, true, 0, |i| code(i, true)), &uneven);
+            assert!(shifted < 0.4 * even, "{bits}: {shifted} for {even}");
+            assert!(affine.codes().bits() == bits && affine.is_signed() == is_signed);
+        }
+        // Half of the range stays half of it.
+        for (is_signed, zero, middle) in [(true, 0, 0), (false, 128, 64), (false, 70, 0)] {
+            let reach = |i: usize| if is_signed { i as i64 % 129 - 64 } else { zero + i as i64 % 114 - 57 };
+            let (affine, lost) = off(&template(8, is_signed, zero, reach), &values);
+            let far = |&byte: &u8| if is_signed { i64::from(byte as i8) - middle } else { i64::from(byte) - middle };
+            let codes: Vec<i64> = affine.codes().bytes().iter().map(far).collect();
+            assert!(codes.iter().all(|code| (-64..=127).contains(code)) && affine.codes().bits() == 8, "{codes:?}");
+            assert!(codes.iter().max().unwrap() - codes.iter().min().unwrap() <= 128 && lost < 2e-3);
+            assert_eq!(affine.is_signed(), is_signed);
         }
     }
 

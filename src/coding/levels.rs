@@ -10,11 +10,16 @@ pub(super) enum Levels {
     Tables { tables: Vec<f64>, entries: usize, order: Vec<u8>, sorted: Vec<f64> },
 }
 
-/// The least and the greatest signed code of so many bits. Those of eight bits are as far from zero on both sides, as kernels of
+/// The least and the greatest signed code of so many bits. Those of seven and eight bits are as far from zero on both sides, as kernels of
 /// integers want them; with fewer, no code is given away.
 pub(super) fn range(bits: u32) -> (f64, f64) {
     let half = f64::from(1_u32 << (bits - 1));
-    (if bits == 8 { 1.0 - half } else { -half }, half - 1.0)
+    (if bits >= 7 { 1.0 - half } else { -half }, half - 1.0)
+}
+
+/// The greatest code without a sign of so many bits.
+pub(super) fn top(bits: u32) -> f64 {
+    f64::from((1_u32 << bits) - 1)
 }
 
 /// The integer from `low` to `high` that is nearest to `value`, the even one of two.
@@ -59,8 +64,8 @@ impl Levels {
             Storage::Affine(affine) => {
                 let zeros = affine.zeros().and_then(Tensor::i64s);
                 let zeros = zeros.map(|zeros| zeros.into_iter().map(|zero| zero as f64).collect());
-                let top = f64::from((1_u32 << affine.codes().bits()) - 1);
-                let range = if affine.is_signed() { range(affine.codes().bits()) } else { (0.0, top) };
+                let bits = affine.codes().bits();
+                let range = if affine.is_signed() { range(bits) } else { (0.0, top(bits)) };
                 Some(Self::uniform(affine.scales().f64s()?, zeros, affine.is_signed(), range))
             }
             Storage::Codebook(codebook) => Some(Self::tables(&codebook.tables().f64s()?, codebook.entries())),

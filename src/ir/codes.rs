@@ -59,6 +59,11 @@ impl Codes {
         Self { bytes: bytes.into(), ..self }
     }
 
+    /// The same codes in `bits` each, which are no fewer.
+    pub(super) fn with_bits(self, bits: u32) -> Self {
+        Self { bits: self.bits.max(bits), ..self }
+    }
+
     /// The same codes in tiles of `size` along `axis`.
     pub(super) fn cut(mut self, axis: usize, size: usize) -> Self {
         self.tile[axis] = size;

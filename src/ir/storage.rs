@@ -128,17 +128,22 @@ impl Affine {
         self.with(codes, scales, zeros)
     }
 
-    /// The same with codes of eight bits in bytes without a sign, as kernels of integers tell weights apart.
-    fn without_sign(self) -> Self {
-        const HALF: u8 = 128;
-        if !self.signed || self.codes.bits() != 8 {
-            return self;
+    /// The same in codes of as many bits as those of `other`; in bytes that have a sign if those do, by which kernels of integers tell weights
+    /// apart; and by which a runtime that can is to multiply if it is to by those.
+    fn like(self, other: &Self) -> Self {
+        let form = Self { multiplied: other.multiplied, ..self };
+        let (bits, wanted) = (form.codes.bits(), other.codes.bits());
+        if wanted != 8 || form.signed == other.signed {
+            return Self { codes: form.codes.with_bits(wanted), ..form };
         }
-        let bytes: Vec<u8> = self.codes.bytes().iter().map(|byte| byte.wrapping_add(HALF)).collect();
-        let before = self.zeros.as_ref().and_then(Tensor::i64s).unwrap_or_else(|| vec![0; self.scales.len()]);
-        let zeros: Vec<_> = before.iter().map(|zero| zero + i64::from(HALF)).collect();
-        let zeros = Tensor::integers(DType::Int32, self.scales.dims(), &zeros);
-        Self { codes: self.codes.with_bytes(bytes), signed: false, zeros, ..self }
+        let half = 1_i64 << (bits - 1);
+        let shift = if form.signed { half } else { -half };
+        let bytes = form.codes.bytes().iter().map(|byte| byte.wrapping_add(shift as u8)).collect();
+        let before = form.zeros.as_ref().and_then(Tensor::i64s).unwrap_or_else(|| vec![0; form.scales.len()]);
+        let zeros: Vec<_> = before.iter().map(|zero| zero + shift).collect();
+        let zeros = Tensor::integers(DType::Int32, form.scales.dims(), &zeros);
+        let codes = form.codes.with_bytes(bytes).with_bits(wanted);
+        Self { codes, signed: other.signed, zeros, ..form }.plain()
     }
 
     /// The same codes with each slice along `axis` multiplied by a factor, unless each element then had a scale.
@@ -236,13 +241,10 @@ impl Storage {
         }
     }
 
-    /// The same, by which a runtime that can is to multiply as it is if it is so by `other`, and in bytes without a sign if those are.
+    /// The same as it is kept in `other`, where both are integers and scales.
     pub(crate) fn like(self, other: &Self) -> Self {
         match (self, other) {
-            (Self::Affine(affine), Self::Affine(other)) => {
-                let affine = if other.signed { affine } else { affine.without_sign() };
-                Self::Affine(Affine { multiplied: other.multiplied, ..affine })
-            }
+            (Self::Affine(affine), Self::Affine(other)) => Self::Affine(affine.like(other)),
             (own, _) => own,
         }
     }
