@@ -35,40 +35,13 @@ impl Dequantized {
         let (codes, opset) = (affine.codes(), graph.opset());
         let is_product = runtime == Runtime::Onnxruntime && affine.is_multiplied_by() && is_multiplied_by(graph, id);
         (runtime == Runtime::Generic || is_product || is_between_codes(graph, id)).then_some(())?;
-        let has = |(least, version): (i64, i64)| opset >= least && ir_version >= version;
-        let dtype = match (codes.bits(), affine.is_signed()) {
-            (8, true) => DType::Int8,
-            (8, false) => DType::Uint8,
-            (4, is_signed) if has(INT4) => {
-                if is_signed {
-                    DType::Int4
-                } else {
-                    DType::Uint4
-                }
-            }
-            (2, is_signed) if has(INT2) => {
-                if is_signed {
-                    DType::Int2
-                } else {
-                    DType::Uint2
-                }
-            }
-            (2 | 4, _) if is_product && opset >= SHIFTS => DType::Uint8,
-            _ => return None,
-        };
+        let dtype = type_of_codes(affine, (opset, ir_version), is_product)?;
         match affine.scales().dtype() {
             DType::Float => {}
             DType::Float16 if opset >= DEQUANTIZES_HALVES && !is_product => {}
             _ => return None,
         }
-        let shift = if dtype == DType::Uint8 && affine.is_signed() { 1_i64 << (codes.bits() - 1) } else { 0 };
-        let bits = if dtype == DType::Uint8 { 8 } else { codes.bits() };
-        let held = match dtype {
-            DType::Int8 | DType::Int4 | DType::Int2 => -(1_i64 << (bits - 1))..1 << (bits - 1),
-            _ => 0..1 << bits,
-        };
-        let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_default();
-        zeros.iter().all(|zero| held.contains(&(zero + shift))).then_some(())?;
+        are_zeros_held(affine, dtype).then_some(())?;
         let (dims, tile, grid) = (codes.dims(), codes.tile(), codes.grid());
         let cut: Vec<usize> = (0..dims.len()).filter(|&axis| grid[axis] > 1).collect();
         let is_single = |axis: usize| tile[axis] == 1;
@@ -91,6 +64,34 @@ impl Dequantized {
         (!is_product || runtime == Runtime::Generic || is_between_codes(graph, id) || is_fused()).then_some(())?;
         Some(Self { dtype, shape, axis })
     }
+}
+
+/// The type that a file keeps the codes of `affine` in; those of less than a byte may be taken out of bytes for what is multiplied by them.
+fn type_of_codes(affine: &Affine, (opset, ir_version): (i64, i64), is_product: bool) -> Option<DType> {
+    let has = |(least, version): (i64, i64)| opset >= least && ir_version >= version;
+    Some(match (affine.codes().bits(), affine.is_signed()) {
+        (8, true) => DType::Int8,
+        (8, false) => DType::Uint8,
+        (4, true) if has(INT4) => DType::Int4,
+        (4, false) if has(INT4) => DType::Uint4,
+        (2, true) if has(INT2) => DType::Int2,
+        (2, false) if has(INT2) => DType::Uint2,
+        (2 | 4, _) if is_product && opset >= SHIFTS => DType::Uint8,
+        _ => return None,
+    })
+}
+
+/// Whether the zero points of `affine` are among the integers of the type of its codes.
+fn are_zeros_held(affine: &Affine, dtype: DType) -> bool {
+    let bits = affine.codes().bits();
+    let shift = if dtype == DType::Uint8 && affine.is_signed() { 1_i64 << (bits - 1) } else { 0 };
+    let held = match dtype {
+        DType::Int8 | DType::Int4 | DType::Int2 => -(1_i64 << (bits - 1))..1 << (bits - 1),
+        DType::Uint8 => 0..256,
+        _ => 0..1 << bits,
+    };
+    let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_default();
+    zeros.iter().all(|zero| held.contains(&(zero + shift)))
 }
 
 /// The least number of rows that onnxruntime multiplies by codes of one scale.
