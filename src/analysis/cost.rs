@@ -196,7 +196,8 @@ pub fn macs(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<f64> {
         "Conv" | "ConvInteger" => product(&out()?) * product(dims(1)?.get(1..)?),
         "ConvTranspose" => product(&dims(0)?) * product(dims(1)?.get(1..)?),
         "Gemm" => product(&out()?) * *dims(0)?.get(usize::from(op.int("transA") != Some(1)))? as f64,
-        "MatMul" | "MatMulInteger" => product(&out()?) * *dims(0)?.last()? as f64,
+        "QLinearConv" => product(&out()?) * product(dims(3)?.get(1..)?),
+        "MatMul" | "MatMulInteger" | "QLinearMatMul" => product(&out()?) * *dims(0)?.last()? as f64,
         _ => return None,
     })
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use onnx_shrink::{
-    analysis::{shapes::Shapes, types},
+    analysis::{cost, shapes::Shapes, types},
     codec::{Model, Runtime},
     eval,
     ir::{Affine, Codebook, Codes, DType, Graph, Kind, Storage, Tensor, Vectors, Weight},
@@ -493,4 +493,19 @@ fn products_by_codes_leave_alone_what_is_kept_and_are_paid_for() {
     assert!(matches!(products(&model, &within(0.001)), (_, false, 0)));
     assert!(matches!(products(&model, &within(0.024)), (_, true, 0)));
     assert!(matches!(products(&model, &within(0.1)), (_, true, 2)));
+}
+
+#[test]
+fn what_integers_are_multiplied_by_is_counted() {
+    let text = "<ir_version: 8, opset_import: [\"\": 13]>\ng (uint8[1,3,8,8] x, int8[4,3,3,3] w, int8[6,5] v) => (int8[1,4,6,5] y)\n\
+                <float s = {0.1}, uint8 z = {128}, int8 n = {0}>\n\
+                {\n c = QLinearConv (x, s, z, w, s, n, s, z)\n y = QLinearMatMul (c, s, z, v, s, n, s, n)\n}\n";
+    let graph = text::parse(text).unwrap().graph;
+    let shapes = Shapes::infer(&graph, &BTreeMap::new());
+    let fact = |name: &str| shapes.fact(graph.values()[name]).unwrap().clone();
+    assert_eq!(shapes.known(graph.values()["c"]).unwrap(), [1, 4, 6, 6]);
+    assert_eq!(shapes.known(graph.values()["y"]).unwrap(), [1, 4, 6, 5]);
+    assert_eq!((fact("c").dtype, fact("y").dtype), (Some(DType::Uint8), Some(DType::Int8)));
+    let macs = |name: &str| cost::macs(&graph, &shapes, graph.values()[name].node);
+    assert_eq!((macs("c"), macs("y")), (Some(144.0 * 27.0), Some(120.0 * 6.0)));
 }

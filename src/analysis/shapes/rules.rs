@@ -51,6 +51,13 @@ impl Rule<'_> {
             }
             "MatMulInteger" => Some(vec![Fact::new(Some(DType::Int32), self.matmul()?)]),
             "ConvInteger" => Some(vec![Fact::new(Some(DType::Int32), self.conv()?)]),
+            "QLinearMatMul" | "QLinearConv" => {
+                // Beside each operand are its scale and zero point.
+                let inputs = [self.inputs.first()?.clone(), self.inputs.get(3)?.clone()];
+                let product = Rule { inputs: &inputs, constants: &[], ..*self };
+                let dims = if self.op.is("QLinearConv") { product.conv() } else { product.matmul() };
+                Some(vec![Fact::new(self.input(7)?.dtype, dims?)])
+            }
             "Dropout" => {
                 let truth = Some(DType::Bool).filter(|_| self.opset >= 10);
                 let mask = Fact { dtype: truth, dims: x.dims.clone(), ints: None };
