@@ -28,6 +28,8 @@ enum Task {
     Bench(bench::Bench),
     /// Simplify the ONNX backend suite, and compare what the models compute in ONNX Runtime.
     BackendSuite(backend::BackendSuite),
+    /// Run passes one after another, and have ONNX Runtime load and run every file.
+    Chains(backend::Chains),
     /// Feed damaged models to the program for a while.
     Fuzz(fuzz::Fuzz),
     /// Write the models of `fixtures/roundtrip`, which show every part of the format.
@@ -42,6 +44,7 @@ fn main() -> anyhow::Result<()> {
         Task::Codegen { check } => codegen(check),
         Task::Bench(bench) => bench.run(),
         Task::BackendSuite(suite) => suite.run(),
+        Task::Chains(chains) => chains.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Fixtures(fixtures) => fixtures.run(),
     }

@@ -1,0 +1,144 @@
+"""Runs passes one after another, each on what the one before wrote, and has ONNX Runtime load and run every file.
+
+usage: chains.py PROGRAM FOLDER... [--seed N] [--count N]
+
+Each chain starts with a model of the folders, perhaps at another opset, and takes up to three lists of passes; between them, types of
+values may be declared, and any file may be written for either runtime. What fails is printed and counted: a crash, a file that is refused,
+larger or invalid, and a list of exact passes that changes what is computed.
+"""
+
+import argparse
+import glob
+import os
+import random
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+ort.set_default_logger_severity(4)
+EXACT = ["none", "simplify", "identity", "fold-constants", "exact-storage"]
+LOSSY = [
+    "quantize:bits=8", "quantize:bits=4", "quantize:bits=2", "quantize:bits=4:block=32", "quantize:bits=2:block=16",
+    "codebook:bits=8", "codebook:bits=4:tables=rows", "codebook:bits=3", "codebook:bits=1", "codebook:bits=4:vector=2",
+    "half:all", "prune:ratio=0.3", "svd:energy=0.9", "prune:ratio=0.25,quantize:bits=4",
+]  # fmt: skip
+OPSETS = [8, 9, 10, 11, 13, 15, 17, 18, 19, 21, 22]
+TYPES = {
+    "tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": "f8", "tensor(int64)": "i8", "tensor(int32)": "i4",
+    "tensor(uint8)": "u1", "tensor(int8)": "i1", "tensor(bool)": "?",
+}  # fmt: skip
+
+
+def outputs(path, optimized, feeds):
+    options = ort.SessionOptions()
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(path, options)
+    if not feeds:
+        numbers = np.random.RandomState(0)
+        for value in session.get_inputs():
+            shape = [extent if isinstance(extent, int) else 1 for extent in value.shape]
+            dtype = TYPES[value.type]
+            made = numbers.randn(*shape) if dtype[0] == "f" else numbers.randint(0, 2, shape)
+            feeds[value.name] = np.asarray(made).astype(dtype)
+    return [np.asarray(value, "f8") for value in session.run(None, feeds)]
+
+
+def convert(path, opset):
+    """The model at another opset; as it is where there is no way to it."""
+    model = onnx.load(path)
+    try:
+        model = onnx.version_converter.convert_version(model, opset)
+        model.ir_version = 10
+    except Exception:
+        pass
+    return model
+
+
+def declare(path):
+    try:
+        onnx.save(onnx.shape_inference.infer_shapes(onnx.load(path)), path)
+    except Exception:
+        pass
+
+
+def shrink(program, source, target, choose):
+    """The list of passes that was run and what came of it."""
+    passes, runtime = choose(EXACT + LOSSY), choose(["onnxruntime", "generic"])
+    verified = choose([True, False, False])
+    budget = ["--max-error", "9"] if passes not in EXACT else []
+    options = ["--passes", passes, "--runtime", runtime] + (budget if verified else ["--no-verify"])
+    done = subprocess.run([program, source, target] + options, capture_output=True, text=True, timeout=600)
+    return passes, f"{passes} {runtime}" + (" verified" if verified else ""), done
+
+
+def failure(source, target, passes, feeds):
+    """What is wrong with `target`, which was made of `source`."""
+    if os.path.getsize(target) > os.path.getsize(source):
+        return "larger"
+    try:
+        plain, _ = outputs(target, False, feeds), outputs(target, True, feeds)
+        onnx.checker.check_model(target, full_check=True)
+    except Exception as error:
+        return f"refused: {str(error)[:300]}"
+    if passes in EXACT:
+        for a, b in zip(outputs(source, False, feeds), plain):
+            if a.size and np.abs(a - b).max() > 1e-3 * max(np.abs(a).max(), 1e-3):
+                return "wrong"
+    return None
+
+
+def chain(program, model, choose, folder):
+    """What the chain was, and what is wrong with it, if anything is."""
+    source, target, feeds = f"{folder}/a.onnx", f"{folder}/b.onnx", {}
+    opset = choose(OPSETS + [None] * 16)
+    onnx.save(convert(model, opset) if opset else onnx.load(model), source)
+    told = [os.path.basename(model)] + ([f"opset {opset}"] if opset else [])
+    try:
+        outputs(source, False, feeds)
+    except Exception:
+        return told, None
+    for _ in range(choose([1, 2, 3])):
+        if choose([True, False]):
+            declare(source)
+            told.append("declared")
+        passes, words, done = shrink(program, source, target, choose)
+        told.append(words)
+        if done.returncode not in (0, 3) or "a mistake in this program" in done.stderr:
+            return told, f"exit {done.returncode}: {done.stderr[-300:]}"
+        if done.returncode == 3:
+            continue
+        wrong = failure(source, target, passes, feeds)
+        if wrong:
+            return told, wrong
+        os.replace(target, source)
+    return told, None
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=300)
+    asked = parser.parse_args()
+    models = sorted(path for folder in asked.folders for path in glob.glob(f"{folder}/*.onnx"))
+    choose = random.Random(asked.seed).choice
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(asked.count):
+            told, wrong = chain(asked.program, choose(models), choose, folder)
+            if wrong:
+                failed += 1
+                print(", then ".join(told) + f": {wrong}", flush=True)
+    print(f"{asked.count} chains, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
