@@ -6,7 +6,7 @@ pub mod linear;
 pub mod moments;
 pub mod numbering;
 pub mod shapes;
-pub mod types;
+pub mod validity;
 
 /// Operators of several operands, broadcast to one shape, that compute each element of the result from the elements of the
 /// same place.

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use self::lossy::Lossy;
 use crate::{
-    analysis::{cost::Cost, moments, types},
+    analysis::{cost::Cost, moments, validity},
     codec::{Model, Runtime, keeps_weights},
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
@@ -169,10 +169,10 @@ pub enum ShrinkError {
     Misspelled,
     /// Runtimes would refuse the file.
     #[error(
-        "element types in the file would not fit together, so that runtimes would refuse it, which is a mistake in this program; \
-         nothing was written, and passes that store weights can be left out"
+        "runtimes would refuse the file, since {0}, which is a mistake in this program; nothing was written; passes that have to do with \
+         that can be left out"
     )]
-    Mistyped,
+    Invalid(String),
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -247,7 +247,7 @@ impl ShrinkError {
                 | Self::Incomparable
                 | Self::Batches
                 | Self::Misspelled
-                | Self::Mistyped
+                | Self::Invalid(_)
                 | Self::Differs { .. }
                 | Self::Flips { .. }
         )
@@ -318,7 +318,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
-    prove_typed(model, (&result, &report.chain))?;
+    prove_valid(model, (&result, &report.chain))?;
     if job.verify {
         let runnable = samples.filter(|samples| samples.unrunnable.is_none());
         let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
@@ -328,11 +328,14 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     Ok((result, report))
 }
 
-/// Checks that element types fit together in the file of the result, and in those of the chain, if they do in the original.
-fn prove_typed(model: &Model, (result, chain): (&Model, &[Link])) -> Result<(), ShrinkError> {
+/// Checks that runtimes would not refuse the file of the result, and those of the chain, if they do not refuse the original.
+fn prove_valid(model: &Model, (result, chain): (&Model, &[Link])) -> Result<(), ShrinkError> {
+    if validity::fault(&model.graph).is_some() {
+        return Ok(());
+    }
     let mut files = chain.iter().map(|link| &link.model).chain([result]);
-    let are_typed = !types::agree(&model.graph) || files.all(|model| types::agree(&model.lowered().graph));
-    if are_typed { Ok(()) } else { Err(ShrinkError::Mistyped) }
+    let fault = files.find_map(|model| validity::fault(&model.lowered().graph));
+    fault.map_or(Ok(()), |fault| Err(ShrinkError::Invalid(fault)))
 }
 
 /// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that

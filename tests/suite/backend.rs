@@ -1,6 +1,7 @@
 //! A sample of the ONNX backend suite: every operator that ONNX Runtime runs, at its oldest and its newest operator set.
 
 use onnx_shrink::{
+    analysis::validity,
     codec::Model,
     pass::{Context, Price},
     pipeline,
@@ -34,6 +35,9 @@ fn every_operator_computes_the_same_after_simplification() {
         pipeline::run(&simplify, &mut twice, &mut Context::default(), Price::default()).unwrap();
         assert_eq!(twice.graph.edits(), 0, "{}: a second run changed something", path.display());
         assert!(simple.encode().len() <= model.encode().len(), "{}: it is larger", path.display());
+        for model in [&model, &twice] {
+            assert_eq!(validity::fault(&model.graph), None, "{}", path.display());
+        }
         changed += usize::from(simple.graph.edits() > 0);
         // What the engine can't run, or can't be fed, was compared in ONNX Runtime when the sample was taken.
         let Ok(samples) = Samples::gather(&model, &Request::default()) else { continue };

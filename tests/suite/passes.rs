@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write, path::Path};
 
 use onnx_shrink::{
+    analysis::validity,
     codec::Model,
     pass::{Context, Fidelity, Price},
     passes::PASSES,
@@ -82,6 +83,9 @@ fn every_fixture_of_a_pass_keeps_its_claim() {
                 assert!(error.is_none() || pass.fidelity == Fidelity::Lossy, "{}", path.display());
             }
             let mut twice = Model::decode(after.encode().into(), None).unwrap();
+            if validity::fault(&model.graph).is_none() {
+                assert_eq!(validity::fault(&twice.graph), None, "{}", path.display());
+            }
             twice.raise();
             if pass.fidelity != Fidelity::Lossy {
                 pipeline::run(&passes, &mut twice, &mut Context::default(), Price::default()).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use onnx_shrink::{
-    analysis::{cost, shapes::Shapes, types},
+    analysis::{cost, shapes::Shapes, validity},
     codec::{Model, Runtime},
     eval,
     ir::{Affine, Codebook, Codes, DType, Graph, Kind, Storage, Tensor, Vectors, Weight},
@@ -391,10 +391,10 @@ fn what_a_file_declares_of_values_that_go_is_not_said_of_others() {
     });
     proto.graph.as_mut().unwrap().value_info = declared.collect();
     let declared = Model::decode(proto.encode_to_vec().into(), None).unwrap();
-    assert!(types::agree(&declared.graph));
+    assert_eq!(validity::fault(&declared.graph), None);
     let (other, _) = shrink(&declared, &job("codebook:bits=1"), &mut |_| {}).unwrap();
     let other = Model::decode(other.encode().into(), None).unwrap();
-    assert!(types::agree(&other.graph), "{}", text::diff(&declared, &other));
+    assert_eq!(validity::fault(&other.graph), None, "{}", text::diff(&declared, &other));
 }
 
 #[test]
@@ -403,27 +403,43 @@ fn types_of_what_is_written_for_half_precision_agree() {
                 <int8[2,2] q = {1, -2, 3, 4}, float16[2] s = normal(2), float16 zero = {0.0}>\n\
                 {\n w = DequantizeLinear <axis = 1> (q, s)\n m = MatMul (x, w)\n r = Max (m, zero)\n i = Identity (r)\n y = Abs (i)\n}\n";
     let model = text::parse(text).unwrap();
-    assert!(types::agree(&model.graph));
+    assert_eq!(validity::fault(&model.graph), None);
     let job = Job { items: pipeline::parse("identity").unwrap(), verify: false, ..Job::default() };
     let (small, _) = shrink(&model, &job, &mut |_| {}).unwrap();
     let file = Model::decode(small.encode().into(), None).unwrap();
-    assert!(types::agree(&file.graph), "{}", text::diff(&model, &file));
+    assert_eq!(validity::fault(&file.graph), None, "{}", text::diff(&model, &file));
     assert_eq!(operators(&file.graph), ["DequantizeLinear", "MatMul", "Max", "Abs"]);
 }
 
 #[test]
-fn types_that_do_not_fit_together_are_found() {
-    let fits = |text: &str| types::agree(&text::parse(text).unwrap().graph);
-    let graph = |body: &str| {
-        format!(
-            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[4] x, float16[4] h, bool[4] c) => (float[4] y)\n{body}\n"
-        )
+fn what_runtimes_refuse_is_found() {
+    let fault = |opset: i64, body: &str| {
+        let head = format!("<ir_version: 8, opset_import: [\"\": {opset}]>\n");
+        let text = format!("{head}g (float[4] x, float16[4] h, bool[4] c, float[4,4] m) => (float[4] y)\n{body}\n");
+        validity::fault(&text::parse(&text).unwrap().graph)
     };
-    assert!(fits(&graph("{ y = Where (c, x, x) }")));
-    assert!(fits(&graph("<float[4] m> { m = Abs (x)\n y = Pow (m, h) }")));
-    assert!(!fits(&graph("{ y = Max (x, h) }")));
-    assert!(!fits(&graph("<int32[4] m> { m = Abs (x)\n y = Abs (m) }")));
-    assert!(!fits(&graph("{ y = Abs (h) }")), "an output");
+    for (opset, body) in [
+        (17, "{ y = Where (c, x, x) }"),
+        (17, "<float[4] p> { p = Abs (x)\n y = Pow (p, h) }"),
+        (11, "{ g = Gemm (m, m)\n y = ReduceMax <axes = [1]> (g) }"),
+        (20, "{ y = Gelu (x) }"),
+        (7, "{ y = Clip <min = 0.0> (x) }"),
+        (9, "{ y = Concat <axis = 0> (x, x, x, x) }"),
+    ] {
+        assert_eq!(fault(opset, body), None);
+    }
+    for (opset, body, what) in [
+        (17, "{ y = Max (x, h) }", "reads Float and Float16, where it wants one type"),
+        (17, "<int32[4] p> { p = Abs (x)\n y = Abs (p) }", "`p` is of Float, and declared to be of Int32"),
+        (17, "{ y = Abs (h) }", "`y` is of Float16, and declared to be of Float"),
+        (10, "{ y = Gemm (m, m) }", "(Gemm) reads 2 values, and 3..=3 in operator set 10"),
+        (19, "{ y = Gelu (x) }", "is none of operator set 19"),
+        (11, "{ y = Clip <min = 0.0> (x) }", "has an attribute `min`, and none in operator set 11"),
+        (17, "{ y, z = Abs (x) }", "makes 2 values, and 1..=1 in operator set 17"),
+    ] {
+        let found = fault(opset, body).unwrap_or_default();
+        assert!(found.contains(what), "{found}");
+    }
 }
 
 #[test]

@@ -32,7 +32,7 @@ enum Task {
     Chains(backend::Chains),
     /// Feed damaged models to the program for a while.
     Fuzz(fuzz::Fuzz),
-    /// Write the models of `fixtures/roundtrip`, which show every part of the format.
+    /// Write the models of `fixtures/roundtrip`, which show every part of the format, and what the standard operators are.
     Fixtures(fixtures::Fixtures),
 }
 

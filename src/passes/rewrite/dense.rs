@@ -1,6 +1,6 @@
 //! Products of matrices by constants, and splitting them in two.
 
-use crate::ir::{Graph, Inlet, NodeId, Op, Outlet, tensor::is_float};
+use crate::ir::{Graph, Inlet, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
 
 /// A `Gemm` or `MatMul` with a constant matrix, seen as y = x·M, or y = M·x.
 pub(super) struct Layer {
@@ -75,6 +75,10 @@ pub(super) fn collect(graph: &Graph, value: Outlet, layers: &mut Vec<Layer>) -> 
     })
 }
 
+/// The operator set from which on a `Gemm` need not add anything, and that from which on what it adds is broadcast unasked.
+const BIAS_IS_OPTIONAL: i64 = 11;
+const BROADCASTS_UNASKED: i64 = 7;
+
 /// `op` with the flag `name` set, or without it: absent means zero.
 fn flagged(op: Op, name: &str, set: bool) -> Op {
     if set { op.with_int(name, 1) } else { op.without(name) }
@@ -112,8 +116,16 @@ pub(super) fn split(graph: &mut Graph, layer: &Layer, (left, right): (Outlet, Ou
             *op = flagged(flagged(std::mem::take(op), flag, layer.transposed), other, false);
         });
     }
-    let mut operands = [Some(x), Some(x)];
+    let mut operands = vec![Some(x), Some(x)];
     operands[place] = Some(inner);
+    if gemm && graph.opset() < BIAS_IS_OPTIONAL {
+        let dtype = graph.constant(inner)?.dtype();
+        let zero = Weight::dense(Tensor::floats(dtype, &[1], &[0.0])?);
+        operands.push(Some(graph.add_const(zero, &format!("{name}.bias"))));
+        if graph.opset() < BROADCASTS_UNASKED {
+            reduce = reduce.with_int("broadcast", 1);
+        }
+    }
     let reduced = graph.add_op(reduce, &operands, &[&name], layer.node).out();
     graph.set_operand(layer.node, layer.slot, Some(outer));
     graph.set_operand(layer.node, 1 - layer.slot, Some(reduced));
