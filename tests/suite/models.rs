@@ -6,7 +6,8 @@ use onnx_shrink::{
     pass::{Context, Minimize, Price},
     pipeline,
     shrink::{Job, shrink},
-    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
+    text,
+    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions, rounding_budget},
 };
 
 use crate::{fixture, models};
@@ -169,6 +170,28 @@ fn regions_are_proven_equal_and_a_changed_weight_is_found() {
 }
 
 #[test]
+fn rounding_of_half_precision_is_rounding() {
+    let of = |dtype: &str, factor: &str| {
+        let text = format!(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng ({dtype}[1,64] x) => ({dtype}[1,8] y)\n\
+             <{dtype}[64,64] w = normal(1), {dtype}[64,8] v = normal(2), {dtype}[1] f = {{{factor}}}>\n\
+             {{\n h = MatMul (x, w)\n s = Mul (h, f)\n y = MatMul (s, v)\n}}\n"
+        );
+        text::parse(&text).unwrap()
+    };
+    let half = of("float16", "0.7");
+    assert!(rounding_budget(&half) > ROUNDING_BUDGET && rounding_budget(&of("float", "0.7")) == ROUNDING_BUDGET);
+    let (merged, report) = shrink(&half, &job("simplify", None), &mut |_| {}).unwrap();
+    assert_eq!(merged.graph.ops().len(), 1);
+    let rounding = report.difference.unwrap().rounding;
+    assert!(rounding > ROUNDING_BUDGET, "{rounding} would be none of single precision");
+    // A factor that is off by two in a hundred is no rounding.
+    let samples = Samples::gather(&half, &Request::default()).unwrap().part(Split::Last);
+    let reference = Reference::new(&Engine::default(), &half, samples).unwrap();
+    assert!(reference.compare(&of("float16", "0.714")).unwrap().rounding > rounding_budget(&half));
+}
+
+#[test]
 fn pruning_removes_channels_with_everything_downstream() {
     for name in ["fmnist_resnet14", "fmnist_vgg", "ppocr_cls", "mnist_lenet300"] {
         let model = open(&format!("models/{name}.onnx"));
@@ -301,7 +324,7 @@ fn a_rewired_output_or_capture_is_no_match_region_by_region() {
         )
     };
     for (a, b) in [(output("p"), output("q")), (capture("p"), capture("q"))] {
-        let [a, b] = [a, b].map(|text| onnx_shrink::text::parse(&format!("{head}{text}")).unwrap());
+        let [a, b] = [a, b].map(|text| text::parse(&format!("{head}{text}")).unwrap());
         let compare = |b: &Model| compare_regions(&Engine::default(), &a, b, &std::collections::BTreeMap::new());
         assert!(compare(&a).unwrap().rounding <= ROUNDING_BUDGET);
         assert!(compare(&b).is_err() || compare(&b).unwrap().rounding > ROUNDING_BUDGET);
@@ -350,7 +373,7 @@ fn what_is_squashed_is_judged_whatever_the_passes_call_it() {
     let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[1,24] x) => (float[1,20] y)\n\
                 <float[24,20] w = lowrank(4, 1), float tiny = {1e-6}>\n\
                 {\n a = MatMul (x, w)\n b = Identity (a)\n c = Sigmoid (b)\n y = Mul (c, tiny)\n}\n";
-    let model = onnx_shrink::text::parse(text).unwrap();
+    let model = text::parse(text).unwrap();
     let (_, report) = shrink(&model, &job("svd:rank=4", None), &mut |_| {}).unwrap();
     let difference = report.difference.unwrap();
     assert!(difference.unexercised.contains(&"y".to_owned()) && difference.error < 1e-3, "{difference:?}");
@@ -364,7 +387,7 @@ fn a_branch_that_no_sample_takes_is_not_taken_for_free() {
         <float[64,8] v = normal(1)>\n {\n p = MatMul (x, v)\n }, else_branch = no () => (float[N,8] q)\n\
         <float[64,64] w = normal(2), float[64,8] u = normal(3)>\n\
         {\n s = MatMul (x, w)\n r = Relu (s)\n q = MatMul (r, u)\n }>\n}\n";
-    let model = onnx_shrink::text::parse(text).unwrap();
+    let model = text::parse(text).unwrap();
     let fixed = [("fast".to_owned(), 1.0)].into();
     let job = Job { request: Request { fixed, ..Request::default() }, ..job("svd,prune", None) };
     let (small, _) = shrink(&model, &job, &mut |_| {}).unwrap();
@@ -383,7 +406,7 @@ fn a_branch_is_run_by_the_number_that_an_input_is_compared_with_or_named() {
              {{\n p = Mul (x, f)\n }}, else_branch = no () => (float[N,8] q)\n {{\n q = Mul (x, two)\n }}>\n}}\n"
         )
     };
-    let [model, other] = [3.0, 4.0].map(|factor| onnx_shrink::text::parse(&text(factor)).unwrap());
+    let [model, other] = [3.0, 4.0].map(|factor| text::parse(&text(factor)).unwrap());
     let compare = |request: &Request, part| {
         let samples = Samples::gather(&model, request).unwrap();
         let reference = Reference::new(&Engine::default(), &model, samples.part(part)).unwrap();
@@ -402,7 +425,7 @@ fn a_branch_is_run_by_the_number_that_an_input_is_compared_with_or_named() {
 fn random_indices_reach_the_rows_of_the_whole_table() {
     let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (int32[N,8] x) => (float[N,8,4] y)\n\
                 <float[5000,4] table = normal(1)>\n{\n i = Cast <to = 7> (x)\n y = Gather (table, i)\n}\n";
-    let model = onnx_shrink::text::parse(text).unwrap();
+    let model = text::parse(text).unwrap();
     let table = model.graph.values()["table"];
     let mut values = model.graph.constant(table).unwrap().f64s().unwrap();
     values[4000..].fill(0.0);
