@@ -173,6 +173,12 @@ impl Model {
         self.to_proto().encode_to_vec()
     }
 
+    /// Whether the file that was read keeps data in others.
+    #[must_use]
+    pub fn has_external_data(&self) -> bool {
+        !self.source.external.is_empty()
+    }
+
     /// The bytes that were read, if nobody edited the model since and they are all of it.
     pub(crate) fn original(&self) -> Option<&Bytes> {
         let whole = self.graph.edits() == 0 && self.source.external.is_empty() && !self.source.bytes.is_empty();

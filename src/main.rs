@@ -184,7 +184,8 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         report.after = report.before.clone();
     }
     if result.graph.edits() == model.graph.edits() && !larger {
-        report.notes.push("nothing was changed: the result is the input, byte for byte".to_owned());
+        let how = if model.has_external_data() { "but for where its data lies" } else { "byte for byte" };
+        report.notes.push(format!("nothing was changed: the result is the input, {how}"));
     }
     if !options.quiet {
         eprint!("{}", table(&report, options.verbose));

@@ -145,8 +145,8 @@ pub enum ShrinkError {
     Unrunnable(String),
     /// The inputs do not exercise any output.
     #[error(
-        "could not verify: no output varies over the samples, or what varies is not a number, so that any error would go \
-         unseen; give real inputs with --data, look for NaN in the weights, or use --no-verify to write the result anyway"
+        "could not verify: no output varies over the samples by more than a thousandth of one and of its size, or what varies is not a \
+         number, so that any error would go unseen; give real inputs with --data, look for NaN in the weights, or use --no-verify to write the result anyway"
     )]
     Flat,
     /// The result differs without measure.
@@ -223,7 +223,7 @@ pub enum ShrinkError {
 }
 
 /// What helps when a model can't be run.
-const HINT: &str = "--engine onnxruntime runs more models, and --no-verify writes the result anyway";
+const HINT: &str = "--engine onnxruntime runs more models than tract, --data gives real inputs, and --no-verify writes the result anyway";
 
 impl ShrinkError {
     /// Whether the job asks for what can't be done.

@@ -93,7 +93,7 @@ fn put_together(graph: &mut Graph, node: NodeId) -> Option<()> {
 fn recognised(graph: &Graph, node: NodeId) -> Option<Weight> {
     let op = graph.op(node)?;
     let operand = |slot: u32| graph.operand(node, slot);
-    match op.standard()? {
+    match op.meaning()? {
         "DequantizeLinear" => dequantized(graph, node),
         "Cast" => {
             let halves = graph.weight(operand(0)?).filter(|weight| !weight.is_stored())?.value();

@@ -120,6 +120,15 @@ impl Op {
         self.domain().is_empty().then(|| self.op_type())
     }
 
+    /// The type of the standard operator that computes the same: the operator itself, or the one that onnxruntime's own `QuantizeLinear` and
+    /// `DequantizeLinear` extend to more types.
+    #[must_use]
+    pub fn meaning(&self) -> Option<&str> {
+        let is_extended =
+            self.domain() == "com.microsoft" && matches!(self.op_type(), "QuantizeLinear" | "DequantizeLinear");
+        if is_extended { Some(self.op_type()) } else { self.standard() }
+    }
+
     /// What makes two operators on equal operands compute the same: type, domain and attributes. `None` where nothing
     /// does: for random draws, for operators with bodies, and for those of other domains, which may keep a state.
     #[must_use]

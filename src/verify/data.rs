@@ -380,8 +380,9 @@ impl Slot {
 /// The inputs that must be fed, with the size of the table that each indexes.
 fn slots(graph: &Graph) -> Vec<Slot> {
     let firsts: Vec<_> = graph.fed_inputs().filter_map(|input| axis_names(&input.info).into_iter().next()).collect();
+    let shapes = Shapes::infer(graph, &Bound::new());
     let slot = |input: &crate::ir::Input| {
-        let below = table(graph, input.node.out()).unwrap_or(INTEGERS_BELOW);
+        let below = table(graph, &shapes, input.node.out()).unwrap_or(INTEGERS_BELOW);
         let names = axis_names(&input.info);
         let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
         let batches = batches.collect();
@@ -465,15 +466,15 @@ fn axis_names(info: &ValueInfoProto) -> Vec<String> {
 const HANDING_ON: &[&str] = &["Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"];
 
 /// The extent of the smallest table that `value` is an index into.
-fn table(graph: &Graph, value: Outlet) -> Option<usize> {
+fn table(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<usize> {
     let indexed = graph.uses(value).into_iter().filter_map(|(node, inlet)| match inlet {
         Inlet::Slot(1) => {
             let op = graph.op_of(node, "Gather")?;
-            let table = graph.constant(graph.operand(node, 0)?)?;
-            table.dims().get(crate::eval::axis(op.int("axis").unwrap_or(0), table.dims().len())?).copied()
+            let table = shapes.fact(graph.operand(node, 0)?)?.extents()?;
+            table[crate::eval::axis(op.int("axis").unwrap_or(0), table.len())?]
         }
         Inlet::Slot(0) if graph.op(node)?.standard().is_some_and(|op| HANDING_ON.contains(&op)) => {
-            table(graph, node.out())
+            table(graph, shapes, node.out())
         }
         _ => None,
     });

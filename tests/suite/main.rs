@@ -11,6 +11,7 @@ mod passes;
 mod properties;
 mod readme;
 mod storage;
+mod validity;
 
 use std::path::{Path, PathBuf};
 

@@ -30,7 +30,7 @@ impl Rule<'_> {
         let x = self.input(0)?;
         let same = || Some(vec![Fact { ints: None, ..x.clone() }]);
         let one = |dims: Option<Vec<Dim>>| Some(vec![Fact::new(x.dtype, dims?)]);
-        match self.op.standard()? {
+        match self.op.meaning()? {
             "Identity" => Some(vec![x.clone()]),
             "Cast" => {
                 let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
@@ -119,7 +119,7 @@ impl Rule<'_> {
         let asked = self.op.int("output_dtype").filter(|&dtype| dtype != 0);
         let dtype = match asked {
             Some(dtype) => DType::try_from(i32::try_from(dtype).ok()?).ok(),
-            None if self.op.is("DequantizeLinear") => self.input(1)?.dtype,
+            None if self.op.meaning() == Some("DequantizeLinear") => self.input(1)?.dtype,
             None => self.inputs.get(2).and_then(Option::as_ref).map_or(Some(DType::Uint8), |zero| zero.dtype),
         };
         Some(Fact { dtype, ints: None, ..x.clone() })
