@@ -129,21 +129,32 @@ impl Problem {
     }
 }
 
+/// (a−b)·M·(a−b).
+fn energy_between(metric: &DMatrix<f64>, a: &[f64], b: &[f64]) -> f64 {
+    let off = |i: usize| a[i] - b[i];
+    let row = |(j, column): (usize, &[f64])| off(j) * column.iter().enumerate().map(|(i, m)| m * off(i)).sum::<f64>();
+    metric.as_slice().chunks_exact(a.len()).enumerate().map(row).sum()
+}
+
 impl Table {
     /// The table of so many vectors by k-means, begun by drawing vectors that are far from those drawn before (Arthur & Vassilvitskii
     /// 2007) from a fixed seed.
     fn of(problems: &[Problem], entries: usize, width: usize) -> Self {
         let count: usize = problems.iter().map(|problem| problem.weight.nrows() * problem.metrics.len()).sum();
         let step = count.div_ceil(MOST).max(1);
-        let places = problems.iter().flat_map(|problem| {
-            let rows = problem.weight.nrows();
-            (0..rows * problem.metrics.len()).map(move |i| (problem, i % rows, i / rows))
+        let metrics: Vec<&DMatrix<f64>> = problems.iter().flat_map(|problem| &problem.metrics).collect();
+        let firsts = problems.iter().scan(0, |first, problem| {
+            *first += problem.metrics.len();
+            Some(*first - problem.metrics.len())
         });
-        let vectors: Vec<(DVector<f64>, &DMatrix<f64>)> = places
+        let places = problems.iter().zip(firsts).flat_map(|(problem, first)| {
+            let rows = problem.weight.nrows();
+            (0..rows * problem.metrics.len()).map(move |i| (problem, i % rows, i / rows, first + i / rows))
+        });
+        let vectors: Vec<(Vec<f64>, usize)> = places
             .step_by(step)
-            .map(|(problem, row, block)| {
-                let vector = problem.weight.view((row, block * width), (1, width)).transpose();
-                (DVector::from_column_slice(vector.as_slice()), &problem.metrics[block])
+            .map(|(problem, row, block, metric)| {
+                ((0..width).map(|i| problem.weight[(row, block * width + i)]).collect(), metric)
             })
             .collect();
         let mut table = Self(DMatrix::zeros(width, entries));
@@ -157,28 +168,31 @@ impl Table {
                 left < 0.0
             });
             let Some((chosen, _)) = vectors.get(if entry == 0 { 0 } else { drawn.unwrap_or(0) }) else { break };
-            table.0.set_column(entry, chosen);
+            table.0.column_mut(entry).copy_from_slice(chosen);
             far.par_iter_mut().zip(&vectors).for_each(|(far, (vector, metric))| {
-                let off = vector - chosen;
-                *far = far.min((*metric * &off).dot(&off).max(0.0));
+                *far = far.min(energy_between(metrics[*metric], vector, chosen).max(0.0));
             });
         }
         for _ in 0..ROUNDS {
-            table.improve(&vectors);
+            table.improve(&vectors, &metrics);
         }
         table
     }
 
-    /// Each vector of the table becomes the one that is best for those that it is nearest to.
-    fn improve(&mut self, vectors: &[(DVector<f64>, &DMatrix<f64>)]) {
+    /// Each vector of the table becomes the one that is best for those that it is nearest to, each in one of `metrics`.
+    fn improve(&mut self, vectors: &[(Vec<f64>, usize)], metrics: &[&DMatrix<f64>]) {
         let width = self.0.nrows();
-        let of =
-            |(vector, metric): &(DVector<f64>, &DMatrix<f64>)| self.nearest(&(*metric * vector), &self.sizes(metric));
-        let nearest: Vec<usize> = vectors.par_iter().map(of).collect();
+        let sizes: Vec<Vec<f64>> = metrics.par_iter().map(|metric| self.sizes(metric)).collect();
+        let of = |(vector, metric): &(Vec<f64>, usize)| {
+            let bent = metrics[*metric] * DVector::from_column_slice(vector);
+            let nearest = self.nearest(&bent, &sizes[*metric]);
+            (nearest, bent)
+        };
+        let nearest: Vec<(usize, DVector<f64>)> = vectors.par_iter().map(of).collect();
         let mut sums = vec![(DMatrix::<f64>::zeros(width, width), DVector::<f64>::zeros(width)); self.0.ncols()];
-        for ((vector, metric), entry) in vectors.iter().zip(nearest) {
-            sums[entry].0 += *metric;
-            sums[entry].1 += *metric * vector;
+        for ((_, metric), (entry, bent)) in vectors.iter().zip(nearest) {
+            sums[entry].0 += metrics[*metric];
+            sums[entry].1 += bent;
         }
         for (entry, (square, side)) in sums.into_iter().enumerate() {
             if let Some(solved) = square.cholesky().map(|factor| factor.solve(&side))
@@ -198,7 +212,8 @@ impl Table {
 
     /// c·M·c of each vector.
     fn sizes(&self, metric: &DMatrix<f64>) -> Vec<f64> {
-        self.0.column_iter().map(|column| (metric * column).dot(&column)).collect()
+        let zero = vec![0.0; self.0.nrows()];
+        self.0.as_slice().chunks_exact(zero.len()).map(|column| energy_between(metric, column, &zero)).collect()
     }
 
     /// The vector c for which c·M·c − 2·c·M·w is least, of M·w and the first of these for all.
