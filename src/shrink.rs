@@ -318,7 +318,12 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
-    prove_valid(model, (&result, &report.chain))?;
+    let files = report.chain.iter().map(|link| &link.model).chain([&result]);
+    match fault(model, files) {
+        Some(fault) if job.verify => return Err(ShrinkError::Invalid(fault)),
+        Some(fault) => report.notes.push(format!("runtimes may refuse the result, since {fault}")),
+        None => {}
+    }
     if job.verify {
         let runnable = samples.filter(|samples| samples.unrunnable.is_none());
         let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
@@ -328,14 +333,10 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     Ok((result, report))
 }
 
-/// Checks that runtimes would not refuse the file of the result, and those of the chain, if they do not refuse the original.
-fn prove_valid(model: &Model, (result, chain): (&Model, &[Link])) -> Result<(), ShrinkError> {
-    if validity::fault(&model.graph).is_some() {
-        return Ok(());
-    }
-    let mut files = chain.iter().map(|link| &link.model).chain([result]);
-    let fault = files.find_map(|model| validity::fault(&model.lowered().graph));
-    fault.map_or(Ok(()), |fault| Err(ShrinkError::Invalid(fault)))
+/// The first thing that runtimes would refuse one of these files for, and not the original.
+fn fault<'a>(model: &Model, mut files: impl Iterator<Item = &'a Model>) -> Option<String> {
+    let known = validity::faults(&model.graph);
+    files.find_map(|file| validity::faults(&file.lowered().graph).into_iter().find(|fault| !known.contains(fault)))
 }
 
 /// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that

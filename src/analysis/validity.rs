@@ -1,7 +1,10 @@
-//! What runtimes refuse a file for, even where they would not mind: operators that an operator set does not have so, and element types
-//! that do not fit together.
+//! What runtimes refuse files for: operators that an operator set does not have so, and element types that do not fit together.
 
-use std::{collections::BTreeMap, ops::RangeInclusive, sync::LazyLock};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+    sync::LazyLock,
+};
 
 use super::{
     is_broadcasting,
@@ -41,32 +44,34 @@ fn signature(words: &mut dyn Iterator<Item = &'static str>) -> Option<Signature>
 /// Operators other than broadcasting ones whose operands are all of one type.
 const ALIKE: &[&str] = &["Concat", "Conv", "ConvTranspose", "Einsum", "Gemm", "LayerNormalization", "MatMul"];
 
-/// What of `graph`, or of a body in it, runtimes refuse: where it is, and what. `None` where nothing is known to be wrong.
+/// What of `graph` and of the bodies in it runtimes refuse: where it is, and what.
 #[must_use]
-pub fn fault(graph: &Graph) -> Option<String> {
-    fault_in(graph, &Shapes::infer(graph, &BTreeMap::new()))
+pub fn faults(graph: &Graph) -> BTreeSet<String> {
+    let mut faults = BTreeSet::new();
+    collect(graph, &Shapes::infer(graph, &BTreeMap::new()), &mut faults);
+    faults
 }
 
-fn fault_in(graph: &Graph, shapes: &Shapes) -> Option<String> {
+fn collect(graph: &Graph, shapes: &Shapes, faults: &mut BTreeSet<String>) {
     let dtype = |value: Outlet| shapes.fact(value)?.dtype;
-    let declared = |(name, value): (&str, Outlet)| {
-        let declared = graph.info(name).and_then(|info| Fact::declared(info).dtype)?;
-        let own = dtype(value).filter(|own| *own != declared)?;
-        Some(format!("value `{name}` is of {own:?}, and declared to be of {declared:?}"))
-    };
-    let node = |id: NodeId| {
-        let op = graph.op(id)?;
-        let what = misused(graph, id, op).or_else(|| mixed(graph, id, op, &dtype))?;
-        Some(format!("node `{}` ({}) {what}", graph.label(id), op.op_type()))
-    };
-    let body = |(id, body): (NodeId, _)| fault_in(body, &shapes.inside(graph, id, body));
-    let bodies = || graph.bodies().map(|(id, body)| (id, &body.graph));
-    let values = graph.values().into_iter().collect::<BTreeMap<_, _>>();
-    values
-        .into_iter()
-        .find_map(declared)
-        .or_else(|| graph.ops().into_iter().find_map(node))
-        .or_else(|| bodies().find_map(body))
+    let interface =
+        graph.inputs().iter().map(|input| &input.info).chain(graph.outputs().iter().map(|output| &output.info));
+    let known = graph.values();
+    for info in interface.chain(&graph.value_info) {
+        let own = known.get(info.name()).copied().and_then(dtype);
+        if let Some((own, declared)) = own.zip(Fact::declared(info).dtype).filter(|(own, declared)| own != declared) {
+            faults.insert(format!("value `{}` is of {own:?}, and declared to be of {declared:?}", info.name()));
+        }
+    }
+    for id in graph.ops() {
+        let Some(op) = graph.op(id) else { continue };
+        if let Some(what) = misused(graph, id, op).or_else(|| mixed(graph, id, op, &dtype)) {
+            faults.insert(format!("node `{}` ({}) {what}", graph.label(id), op.op_type()));
+        }
+    }
+    for (id, body) in graph.bodies() {
+        collect(&body.graph, &shapes.inside(graph, id, &body.graph), faults);
+    }
 }
 
 /// What of a node its operator set does not have.

@@ -115,7 +115,7 @@ impl Decoder<'_> {
             metadata_props,
         } = proto;
         let mut graph = Graph::new(self.opset);
-        graph.value_info = value_info;
+        graph.declare(value_info);
         graph.rest = GraphProto { name, doc_string, quantization_annotation, metadata_props, ..GraphProto::default() };
         let mut scope = Scope { graph, made: HashMap::new(), captured: Vec::new() };
         self.constants(&mut scope, initializer, sparse_initializer)?;

@@ -439,6 +439,12 @@ impl Graph {
         }
     }
 
+    /// Keeps what a file declares of values, whose names are no others': it may declare some that are not there.
+    pub(crate) fn declare(&mut self, declared: Vec<ValueInfoProto>) {
+        self.names.extend(declared.iter().map(|info| info.name().to_owned()));
+        self.value_info = declared;
+    }
+
     /// Frees the names of values that are gone, of which nothing is declared any longer: the graph is another view of what it was.
     pub(crate) fn free_names(&mut self) {
         self.names = self.values().into_keys().map(str::to_owned).collect();

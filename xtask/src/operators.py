@@ -7,7 +7,7 @@ import onnx
 
 versions = collections.defaultdict(list)
 for schema in onnx.defs.get_all_schemas_with_history():
-    if schema.domain == "" and not schema.deprecated:
+    if schema.domain == "":
         versions[schema.name].append(schema)
 MOST = 2**31 - 1
 lines = []
