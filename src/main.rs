@@ -30,8 +30,8 @@ use onnx_shrink::{
     shrink::{self, BUDGET_ON_RANDOM, BUDGET_WITH_DATA, Job, Predictions, Report, ShrinkError, shrink},
     text,
     verify::{
-        Cannot, Certificate, DataError, Difference, Reference, Request, Samples, Split, catches_panics,
-        compare_regions, rounding_budget,
+        Cannot, Certificate, DataError, Difference, ROUNDING_BUDGET, Reference, Request, Samples, Split,
+        catches_panics, compare_regions,
     },
 };
 
@@ -446,7 +446,7 @@ fn verify(a: &Path, b: &Path, feeds: &Feeds, max_error: Option<f64>) -> anyhow::
     } else {
         // Region by region, only rounding can be proven.
         let difference = compare_regions(&request.engine, &first, &second, &samples.bound)?;
-        (Difference { error: difference.rounding, ..difference }, rounding_budget(&first))
+        (Difference { error: difference.rounding, ..difference }, ROUNDING_BUDGET)
     };
     println!("{}", serde_json::to_string_pretty(&difference)?);
     eprint!("{}", untaken_note(&difference));

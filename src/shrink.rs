@@ -22,8 +22,8 @@ use crate::{
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
-        Cannot, Certificate, DataError, Difference, Engine, NO_CLASSES, Reference, Request, Samples, Split, Value,
-        compare_regions, rounding_budget, runs_as_written, takes_batches,
+        Cannot, Certificate, DataError, Difference, Engine, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples,
+        Split, Value, compare_regions, runs_as_written, takes_batches,
     },
 };
 
@@ -392,6 +392,6 @@ fn prove_same(model: &Model, result: &Model, job: &Job, samples: &Samples) -> Re
         None => Reference::new(&job.request.engine, model, samples.part(Split::Last))?.compare(result)?,
         Some(_) => compare_regions(&job.request.engine, model, result, &samples.bound)?,
     };
-    within(difference.rounding, rounding_budget(model))?;
+    within(difference.rounding, ROUNDING_BUDGET)?;
     Ok(difference)
 }

@@ -4,6 +4,7 @@ mod certificate;
 pub mod data;
 mod engine;
 pub mod error;
+mod precision;
 mod regions;
 mod simulate;
 
@@ -20,34 +21,16 @@ pub use self::{
     engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
     regions::compare_regions,
 };
-use self::{error::Pooled, simulate::simulated};
+use self::{error::Pooled, precision::coarseness, simulate::simulated};
 use crate::{
-    analysis::shapes::{Fact, Shapes},
+    analysis::shapes::Fact,
     codec::Model,
-    ir::{DType, Graph, Input, Op, Outlet},
+    ir::{Graph, Input, Op, Outlet},
     proto::ValueInfoProto,
 };
 
-/// What exact and rounding passes may change of a model that computes in single precision: the relative difference of each output
-/// and sample.
+/// What exact and rounding passes may change: the relative difference of each output and sample, of what is computed in single precision.
 pub const ROUNDING_BUDGET: f64 = 1e-4;
-
-/// What exact and rounding passes may change of `model`: [`ROUNDING_BUDGET`], or where it computes in a type of fewer bits, as many times
-/// the rounding error of that type as passes of one layer after the other add up to.
-#[must_use]
-pub fn rounding_budget(model: &Model) -> f64 {
-    const LAYERS: f64 = 20.0;
-    fn coarsest(graph: &Graph, shapes: &Shapes) -> f64 {
-        let own = graph.ops().into_iter().map(|id| match shapes.fact(id.out()).and_then(|fact| fact.dtype) {
-            Some(DType::Float16) => LAYERS * 2.0_f64.powi(-11),
-            Some(DType::Bfloat16) => LAYERS * 2.0_f64.powi(-8),
-            _ => ROUNDING_BUDGET,
-        });
-        let inside = graph.bodies().map(|(id, body)| coarsest(&body.graph, &shapes.inside(graph, id, &body.graph)));
-        own.chain(inside).fold(ROUNDING_BUDGET, f64::max)
-    }
-    coarsest(&model.graph, &Shapes::infer(&model.graph, &Bound::new()))
-}
 
 /// Samples that are run before any is looked at.
 const CHUNK: usize = 8;
@@ -58,7 +41,8 @@ pub struct Difference {
     /// The largest error over outputs: ‖Y−Y'‖ / ‖Y−Ȳ‖, pooled over the samples; 1 for a constant function. Where an output
     /// hardly varies, 10⁻³ of its size stands in for ‖Y−Ȳ‖.
     pub error: f64,
-    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) over outputs and samples.
+    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) over outputs and samples, a hundredth of it for outputs that are computed in half precision, and a
+    /// quarter of that for `BFLOAT16`.
     pub rounding: f64,
     /// The share of samples whose largest class score moved, over the outputs that look like class scores.
     pub flips: f64,
@@ -194,6 +178,8 @@ pub struct Reference {
     simulates: bool,
     /// Whether each output is scores by a softmax over its last axis: of three axes, it is a sequence of answers.
     sequences: Vec<bool>,
+    /// How many times more than in single precision rounding may change each output.
+    coarseness: Vec<f64>,
 }
 
 /// Operators whose result may stand still while what goes in varies.
@@ -261,7 +247,8 @@ impl Reference {
         // Each output compared with itself.
         let sequences: Vec<_> =
             model.graph.outputs().iter().map(|output| is_softmax(&model.graph, output.value)).collect();
-        let mut pools: Vec<_> = sequences.iter().map(|&sequences| Pooled::new(sequences)).collect();
+        let coarseness = coarseness(&model.graph);
+        let mut pools: Vec<_> = sequences.iter().map(|&sequences| Pooled::new(sequences, 1.0)).collect();
         for sample in &outputs {
             pools.iter_mut().zip(sample).for_each(|(pool, value)| pool.add(value, value));
         }
@@ -280,6 +267,7 @@ impl Reference {
             untaken: runners.untaken(),
             simulates: false,
             sequences,
+            coarseness,
         })
     }
 
@@ -348,7 +336,9 @@ impl Reference {
         let model = with_logits(model, &self.flat);
         let model = if self.simulates { simulated(&model) } else { Cow::Borrowed(&model) };
         let model = &*model;
-        let mut pools: Vec<Pooled> = self.sequences.iter().map(|&sequences| Pooled::new(sequences)).collect();
+        let kinds = self.sequences.iter().zip(&self.coarseness);
+        let mut pools: Vec<Pooled> =
+            kinds.map(|(&sequences, &coarseness)| Pooled::new(sequences, coarseness)).collect();
         // An output that is missing or one too many is no match, whatever the others are.
         let found = output_names(model);
         let places = self.names.iter().map(|name| found.iter().position(|found| found == name));

@@ -77,7 +77,7 @@ impl Graph {
     }
 
     /// The nodes that `outputs` depend on, back to the values of `cut`.
-    fn cone(&self, cut: &BTreeSet<Outlet>, outputs: &[Outlet]) -> BTreeSet<NodeId> {
+    pub(crate) fn cone(&self, cut: &BTreeSet<Outlet>, outputs: &[Outlet]) -> BTreeSet<NodeId> {
         let mut cone = BTreeSet::new();
         let mut stack: Vec<_> = outputs.to_vec();
         while let Some(value) = stack.pop() {

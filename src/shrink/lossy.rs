@@ -12,7 +12,7 @@ use crate::{
     ir::Graph,
     pass::{Context, Fidelity, Price},
     pipeline::Item,
-    verify::{Certificate, Difference, Reference, Samples, Split, rounding_budget},
+    verify::{Certificate, Difference, ROUNDING_BUDGET, Reference, Samples, Split},
 };
 
 /// The search aims between these shares of the budget.
@@ -214,7 +214,7 @@ impl<'a> Lossy<'a> {
             _ => {}
         }
         if !is_lossy {
-            return within(difference.rounding, rounding_budget(self.model));
+            return within(difference.rounding, ROUNDING_BUDGET);
         }
         if self.job.max_error.is_none() && difference.error > self.budget {
             self.report.notes.push(format!(

@@ -26,16 +26,17 @@ pub struct Pooled {
     sequences: bool,
     discrete_varies: bool,
     broken: bool,
-    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample.
+    coarseness: f64,
+    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) of one sample, over the coarseness.
     pub rounding: f64,
 }
 
 impl Pooled {
     /// Of no samples; `sequences` is whether those of three axes are sequences of rows of class scores, which together are one
-    /// answer.
+    /// answer, and `coarseness` how many times more than in single precision rounding may change them.
     #[must_use]
-    pub fn new(sequences: bool) -> Self {
-        Self { sequences, ..Self::default() }
+    pub fn new(sequences: bool, coarseness: f64) -> Self {
+        Self { sequences, coarseness, ..Self::default() }
     }
 
     /// Adds one sample: what was wanted and what was found.
@@ -76,7 +77,8 @@ impl Pooled {
         self.difference += difference;
         self.elements += y.len();
         let scale = norm.sqrt().max(FLAT * (y.len() as f64).sqrt());
-        self.rounding = super::max(self.rounding, if difference == 0.0 { 0.0 } else { difference.sqrt() / scale });
+        let off = if difference == 0.0 { 0.0 } else { difference.sqrt() / scale / self.coarseness };
+        self.rounding = super::max(self.rounding, off);
         let answer = match wanted.dims[..] {
             [_, classes] if classes > 1 => Some((1, classes)),
             [_, steps, classes] if self.sequences && classes > 1 => Some((steps.max(1), classes)),
@@ -183,10 +185,10 @@ mod tests {
     fn a_sequence_changes_with_any_of_its_rows() {
         let sequence = |values: &[f64]| Value { dims: vec![1, 2, 2], values: values.to_vec(), is_float: true };
         for (found, flipped) in [([0.9, 0.1, 0.2, 0.8], 0), ([0.9, 0.1, 0.8, 0.2], 1), ([0.1, 0.9, 0.8, 0.2], 1)] {
-            let mut pool = Pooled::new(true);
+            let mut pool = Pooled::new(true, 1.0);
             pool.add(&sequence(&[0.7, 0.3, 0.4, 0.6]), &sequence(&found));
             assert_eq!(pool.classified(), (flipped, 1));
-            let mut other = Pooled::new(false);
+            let mut other = Pooled::new(false, 1.0);
             other.add(&sequence(&[0.7, 0.3, 0.4, 0.6]), &sequence(&found));
             assert!(!other.classifies());
         }
