@@ -23,7 +23,7 @@ use crate::{
     pipeline::{self, Item, Outcome, PipelineError},
     verify::{
         Cannot, Certificate, DataError, Difference, Engine, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples,
-        Split, Value, compare_regions, runs_as_written, takes_batches,
+        Split, Value, compare_regions, error_when_optimized, runs_as_written, takes_batches,
     },
 };
 
@@ -173,6 +173,17 @@ pub enum ShrinkError {
          that can be left out"
     )]
     Invalid(String),
+    /// What runs the file computes something else.
+    #[error(
+        "with its optimizations, onnxruntime computes something else of the result: error {found:.2e}, where {verified:.2e} was verified; \
+         nothing was written"
+    )]
+    Optimized {
+        /// The error.
+        found: f64,
+        /// The error that was verified.
+        verified: f64,
+    },
     /// The top class changes too often.
     #[error("the top class changes on {found:.4} of the samples where {budget} is allowed; nothing was written")]
     Flips {
@@ -248,6 +259,7 @@ impl ShrinkError {
                 | Self::Batches
                 | Self::Misspelled
                 | Self::Invalid(_)
+                | Self::Optimized { .. }
                 | Self::Differs { .. }
                 | Self::Flips { .. }
         )
@@ -328,6 +340,8 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         let runnable = samples.filter(|samples| samples.unrunnable.is_none());
         let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
         prove_usable(model, (&result, &report.chain), &job.request.engine, &inputs)?;
+        let verified = report.difference.as_ref().map_or(0.0, |difference| difference.error);
+        prove_optimized((model, &result), &job.request.engine, &inputs, verified)?;
     }
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
@@ -358,6 +372,22 @@ fn prove_usable(
         }
     }
     Ok(())
+}
+
+/// Checks that the engine, where it optimizes files, makes of the result's about what was `verified` of it.
+fn prove_optimized(
+    models: (&Model, &Model),
+    engine: &Engine,
+    inputs: &[Vec<Value>],
+    verified: f64,
+) -> Result<(), ShrinkError> {
+    /// Kernels of integers, of which an optimized file may use others than the original, differ by a few percent.
+    const OF_KERNELS: f64 = 0.05;
+    let allowed = 2.0 * verified + OF_KERNELS;
+    match error_when_optimized(engine, models, inputs)? {
+        Some(found) if found.is_nan() || found > allowed => Err(ShrinkError::Optimized { found, verified }),
+        _ => Ok(()),
+    }
 }
 
 /// The set of `globs`, each of which must match something.

@@ -129,8 +129,26 @@ pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> 
     Ok(Some(together.iter().flatten().enumerate().all(agrees)))
 }
 
-/// Whether the file of `model` loads, optimized too, and computes of the first of `samples` what its twin with weights as floats
-/// computes; `None` where the engine only runs twins.
+/// The error of `result` as its file will be run, with all optimizations of the engine, against `model` run so too; `None` where the engine
+/// only runs twins, or `model` not so.
+///
+/// # Errors
+///
+/// When the engine can't run the result so.
+pub fn error_when_optimized(
+    engine: &Engine,
+    (model, result): (&Model, &Model),
+    samples: &[Vec<Value>],
+) -> Result<Option<f64>, Cannot> {
+    let reference = engine.optimized().map(|engine| Reference::new(&engine, model, samples.to_vec()));
+    match reference {
+        Some(Ok(reference)) => Ok(Some(reference.compare(result)?.error)),
+        Some(Err(_)) | None => Ok(None),
+    }
+}
+
+/// Whether the file of `model` loads and computes of the first of `samples` what its twin with weights as floats computes; `None` where
+/// the engine only runs twins.
 ///
 /// # Errors
 ///
@@ -138,10 +156,8 @@ pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> 
 pub fn runs_as_written(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> Result<Option<bool>, Cannot> {
     /// What is off by less is rounding; that the file holds the weights is checked bit by bit elsewhere.
     const CLOSE: f64 = 1e-2;
-    let (Some(literal), Some(optimized)) = (engine.as_written(), engine.optimized()) else { return Ok(None) };
+    let Some(literal) = engine.as_written() else { return Ok(None) };
     let first = &samples[..samples.len().min(1)];
-    // That rounds what it multiplies by codes, so that it is only asked to run.
-    Runners::new(&optimized, model).run(first)?;
     let written = Runners::new(&literal, model).run(first)?.concat();
     let twin = Runners::new(engine, model).run(first)?.concat();
     let mut pairs = written.iter().zip(&twin);

@@ -184,7 +184,6 @@ fn dequantized(graph: &Graph, node: NodeId) -> Option<Weight> {
     let mut tile = whole.dims().to_vec();
     if block > 0 {
         let axis = eval::axis(op.int("axis").unwrap_or(1), rank)?;
-        (scales.dims().len() == rank).then_some(())?;
         tile = vec![1; rank];
         tile[axis] = usize::try_from(block).ok()?;
     } else if scales.dims().len() == 1 && scales.len() > 1 {
@@ -193,6 +192,7 @@ fn dequantized(graph: &Graph, node: NodeId) -> Option<Weight> {
         return None;
     }
     let form = affine(&whole, &tile, scales, zeros.map(|zeros| zeros.values()))?;
+    (block <= 0 || form.scales().dims() == scales.dims()).then_some(())?;
     Weight::stored(Storage::Affine(form.to_multiply_by()))
 }
 

@@ -189,18 +189,17 @@ fn binary(call: &Call<'_>) -> Option<Tensor> {
 /// each block along it.
 fn places_of_scales(call: &Call<'_>, dims: &[usize], scales: &Tensor) -> Option<Vec<usize>> {
     let along = || axis(call.op.int("axis").unwrap_or(1), dims.len());
+    let block = call.op.int("block_size").unwrap_or(0);
     let mut tile = dims.to_vec();
-    match call.op.int("block_size").unwrap_or(0) {
-        block if block > 0 => {
-            (scales.dims().len() == dims.len()).then_some(())?;
-            tile = vec![1; dims.len()];
-            tile[along()?] = usize::try_from(block).ok()?;
-        }
-        _ if scales.len() > 1 => tile[along()?] = 1,
-        _ => {}
+    if block > 0 {
+        tile = vec![1; dims.len()];
+        tile[along()?] = usize::try_from(block).ok()?;
+    } else if scales.len() > 1 {
+        tile[along()?] = 1;
     }
     let grid: Vec<_> = dims.iter().zip(&tile).map(|(extent, tile)| extent.div_ceil((*tile).max(1))).collect();
-    (grid.iter().product::<usize>() == scales.len()).then_some(())?;
+    let count: usize = grid.iter().product();
+    (if block > 0 { scales.dims() == grid } else { scales.len() == count }).then_some(())?;
     let (steps, indices) = (strides(&grid), strides(dims));
     let place = |i: usize| (0..dims.len()).map(|axis| i / indices[axis] % dims[axis] / tile[axis] * steps[axis]).sum();
     Some((0..dims.iter().product()).map(place).collect())

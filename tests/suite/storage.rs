@@ -392,6 +392,11 @@ fn parts_that_do_not_fit_together_are_no_weight() {
             "DequantizeLinear <axis = 1, block_size = 2> (q, s, z)",
             false,
         ),
+        (
+            "float[4,1] s = {1.0, 2.0, 3.0, 4.0}, int8[4,1] z = {1, 2, 3, 4}",
+            "DequantizeLinear <axis = 1, block_size = 2> (q, s, z)",
+            false,
+        ),
         ("float[0] s = {}, int8[0] z = {}", along, false),
     ] {
         let mut model = graph(parts, node);
@@ -436,4 +441,15 @@ fn products_by_codes_leave_alone_what_is_kept_and_are_paid_for() {
     assert!(matches!(products(&model, &within(0.001)), (_, false, 0)));
     assert!(matches!(products(&model, &within(0.024)), (_, true, 0)));
     assert!(matches!(products(&model, &within(0.1)), (_, true, 2)));
+}
+
+#[test]
+fn halves_that_integers_are_made_floats_of_for_are_quantized() {
+    let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[N,64] x) => (float[N,48] y)\n\
+                <float16[64,48] h = normal(1), float s = {0.05}, int8 z = {0}>\n\
+                {\n q = QuantizeLinear (x, s, z)\n d = DequantizeLinear (q, s, z)\n w = Cast <to = 1> (h)\n y = MatMul (d, w)\n}\n";
+    let model = text::parse(text).unwrap();
+    let job = Job { items: pipeline::parse("quantize:bits=8").unwrap(), verify: false, ..Job::default() };
+    let (small, _) = shrink(&model, &job, &mut |_| {}).unwrap();
+    assert_eq!(weight(&small, "w").storage().codes().map(Codes::bits), Some(8));
 }

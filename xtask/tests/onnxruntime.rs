@@ -9,7 +9,7 @@ use onnx_shrink::{
     pipeline,
     shrink::{Job, shrink},
     text,
-    verify::{Engine, Reference, Request, Samples, Split, runs_as_written},
+    verify::{Engine, Reference, Request, Samples, Split, error_when_optimized, runs_as_written},
 };
 
 /// Engines may differ by this, relative to the size of an output.
@@ -160,5 +160,10 @@ fn zeroed_weights_are_refused_in_onnxruntime() {
         }
         let difference = reference.compare(&zeroed).unwrap();
         assert!(difference.error.is_nan() || difference.error > 0.5, "{}: {difference:?}", path.display());
+        let optimized = |result| {
+            let samples = Samples::gather(&model, &request()).unwrap().part(Split::Last);
+            error_when_optimized(&engine(), (&model, result), &samples).unwrap().unwrap()
+        };
+        assert!(optimized(&model) < BETWEEN_ENGINES && !(optimized(&zeroed) < 0.5), "{}", path.display());
     }
 }

@@ -90,6 +90,11 @@ pub(super) fn split(graph: &mut Graph, layer: &Layer, (left, right): (Outlet, Ou
     let gemm = op.is("Gemm");
     let x = graph.operand(layer.node, 1 - layer.slot)?;
     let whole = graph.operand(layer.node, layer.slot)?;
+    let zero = if gemm && graph.opset() < BIAS_IS_OPTIONAL {
+        Some(Weight::dense(Tensor::floats(graph.constant(left)?.dtype(), &[1], &[0.0])?))
+    } else {
+        None
+    };
     // What the product reads is left·right, or rightᵀ·leftᵀ.
     let (first, second) = if layer.transposed { (right, left) } else { (left, right) };
     let (inner, outer) = if layer.slot == 1 { (first, second) } else { (second, first) };
@@ -118,9 +123,7 @@ pub(super) fn split(graph: &mut Graph, layer: &Layer, (left, right): (Outlet, Ou
     }
     let mut operands = vec![Some(x), Some(x)];
     operands[place] = Some(inner);
-    if gemm && graph.opset() < BIAS_IS_OPTIONAL {
-        let dtype = graph.constant(inner)?.dtype();
-        let zero = Weight::dense(Tensor::floats(dtype, &[1], &[0.0])?);
+    if let Some(zero) = zero {
         operands.push(Some(graph.add_const(zero, &format!("{name}.bias"))));
         if graph.opset() < BROADCASTS_UNASKED {
             reduce = reduce.with_int("broadcast", 1);

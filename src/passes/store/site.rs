@@ -258,7 +258,10 @@ fn objection<'g>(graph: &'g Graph, value: Outlet, cx: &Context, fewest: u32) -> 
     let nodes: Vec<_> = graph.uses(value).into_iter().map(|(node, _)| graph.label(node)).collect();
     let objections = [
         (bits.is_some_and(|bits| bits <= fewest), "is stored in as few bits already"),
-        (weight.is_stored() && is_between_codes(graph, value.node), "is multiplied with integers as it is"),
+        (
+            weight.storage().codes().is_some() && is_between_codes(graph, value.node),
+            "is multiplied with integers as it is",
+        ),
         (cx.is_kept(&[graph.name(value)]) || cx.is_kept(&nodes), "kept by --keep"),
         (graph.is_pinned(value), "is named by an annotation or by training information"),
         (graph.is_output(value), "is an output of the graph"),
