@@ -33,9 +33,9 @@ const DAMPING: f64 = 0.01;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scheme {
     /// Whole multiples of a scale, positive and negative.
-    Uniform,
-    /// Whole multiples of a scale, of which a zero point tells how many are positive.
-    Shifted,
+    Symmetric,
+    /// Whole multiples of a scale, of which a zero point tells how many are negative: the best for each tile, or this one for all.
+    Asymmetric(Option<u8>),
     /// Entries of a table.
     Table,
 }
@@ -71,15 +71,18 @@ pub fn nearest(
         tiles[tile].push((value, importance.map_or(1.0, |importance| importance[i])));
     }
     let levels = match scheme {
-        Scheme::Uniform => {
+        Scheme::Symmetric => {
             let (low, high) = levels::range(bits);
             let scales: Vec<f64> = tiles.par_iter().map(|tile| scale::search(tile, low, high)).collect();
             Levels::uniform(scales, None, true, (low, high))
         }
-        Scheme::Shifted => {
+        Scheme::Asymmetric(zero) => {
             let top = levels::top(bits);
-            let found: Vec<_> = tiles.par_iter().map(|tile| scale::search_shifted(tile, top)).collect();
-            let (scales, zeros) = found.into_iter().unzip();
+            let search = |tile: &Vec<(f64, f64)>| match zero.map(f64::from) {
+                Some(zero) => (scale::search(tile, -zero, top - zero), zero),
+                None => scale::search_asymmetric(tile, top),
+            };
+            let (scales, zeros) = tiles.par_iter().map(search).unzip();
             Levels::uniform(scales, Some(zeros), false, (0.0, top))
         }
         Scheme::Table => {
@@ -140,22 +143,27 @@ pub(crate) fn fit_like(
     Weight::stored(fitted.like(template.storage()))
 }
 
-/// The scheme and the bits of codes like those of `affine`: with zero points where these are not in the middle for all tiles, and in seven
-/// bits where half of the range of eight is used, in which kernels add two products without overflow.
+/// The scheme and the bits of codes like those of `affine`: with zero points where these are not in the middle, one for all tiles where they
+/// are alike, as kernels may ask for it; and in seven bits where half of the range of eight is used, in which kernels add two products
+/// without overflow.
 fn form_of(affine: &Affine) -> (Scheme, u32) {
     let bits = affine.codes().bits();
-    let middle = if affine.is_signed() { 0 } else { 1 << (bits - 1) };
+    let lowest = if affine.is_signed() { -(1_i64 << (bits - 1)) } else { 0 };
+    let middle = lowest + (1 << (bits - 1));
     let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_else(|| vec![0]);
-    // One that is the same for all tiles is a convention, and kernels may ask for it.
-    let is_shifted = if zeros.len() == 1 && affine.scales().len() == 1 {
-        zeros[0] != middle
-    } else {
-        zeros.iter().any(|zero| *zero != zeros[0])
-    };
+    let is_symmetric = zeros.iter().all(|zero| *zero == middle);
     let code = |&byte: &u8| if affine.is_signed() { i64::from(byte as i8) } else { i64::from(byte) };
-    let half = if is_shifted && !affine.is_signed() { 0..=127 } else { middle - 64..=middle + 64 };
+    let half = if is_symmetric || affine.is_signed() { middle - 64..=middle + 64 } else { 0..=127 };
     let is_reduced = bits == 8 && affine.codes().bytes().iter().all(|byte| half.contains(&code(byte)));
-    (if is_shifted { Scheme::Shifted } else { Scheme::Uniform }, if is_reduced { 7 } else { bits })
+    let bits = if is_reduced { 7 } else { bits };
+    if is_symmetric {
+        return (Scheme::Symmetric, bits);
+    }
+    let alike = affine.scales().len() > 1 && zeros.iter().all(|zero| *zero == zeros[0]);
+    // In seven bits, signed codes begin at half of what they do in eight.
+    let lowest = if is_reduced { lowest / 2 } else { lowest };
+    let zero = u8::try_from(zeros[0] - lowest).ok().filter(|zero| alike && f64::from(*zero) <= levels::top(bits));
+    (Scheme::Asymmetric(zero), bits)
 }
 
 /// A table of all values of a weight that has at most 256 different ones, and indices of the fewest bits, or of eight.
@@ -239,7 +247,7 @@ mod tests {
     fn codes_in_a_metric_lose_less_of_it_than_the_nearest() {
         let (weight, spread) = (noise(24, 48, 1), covariance(48));
         let (values, plane) = (by_rows(&weight), Plane::new(&DIMS, None));
-        for scheme in [Scheme::Uniform, Scheme::Shifted, Scheme::Table] {
+        for scheme in [Scheme::Symmetric, Scheme::Asymmetric(None), Scheme::Table] {
             for bits in [2, 4] {
                 for tiling in [Tiling::Tensor, Tiling::Rows, Tiling::Blocks(24)] {
                     let tile = match tiling {
@@ -291,7 +299,7 @@ mod tests {
             assert!(affine.codes().bits() == bits && affine.is_signed() == is_signed);
         }
         // Half of the range stays half of it.
-        for (is_signed, zero, middle) in [(true, 0, 0), (false, 128, 64), (false, 70, 0)] {
+        for (is_signed, zero, middle) in [(true, 0, 0), (false, 128, 128), (false, 70, 0)] {
             let reach = |i: usize| if is_signed { i as i64 % 129 - 64 } else { zero + i as i64 % 114 - 57 };
             let (affine, lost) = off(&template(8, is_signed, zero, reach), &values);
             let far = |&byte: &u8| if is_signed { i64::from(byte as i8) - middle } else { i64::from(byte) - middle };
@@ -299,6 +307,29 @@ mod tests {
             assert!(codes.iter().all(|code| (-64..=127).contains(code)) && affine.codes().bits() == 8, "{codes:?}");
             assert!(codes.iter().max().unwrap() - codes.iter().min().unwrap() <= 128 && lost < 2e-3);
             assert_eq!(affine.is_signed(), is_signed);
+        }
+    }
+
+    #[test]
+    fn zero_points_that_are_alike_stay_so() {
+        let values: Vec<f64> = by_rows(&noise(24, 48, 1)).iter().map(|value| value.abs()).collect();
+        let value = Tensor::floats(DType::Float, &DIMS, &values).unwrap();
+        for (zero, is_signed, others, kept) in
+            [(0, false, 0, Some(0)), (40, false, 0, Some(40)), (-100, true, 0, Some(-100)), (40, false, 1, None)]
+        {
+            let lowest = if is_signed { -128 } else { 0 };
+            let bytes: Vec<u8> = (0..24 * 48).map(|i| (lowest + i * 7 % 256) as u8).collect();
+            let codes = Codes::new(&DIMS, 8, &[1, 48], bytes.into()).unwrap();
+            let scales = Tensor::floats(DType::Float, &[24, 1], &[0.1; 24]).unwrap();
+            let zeros: Vec<i64> = (0..24).map(|tile| zero + others * (tile % 2)).collect();
+            let zeros = Tensor::integers(DType::Int32, &[24, 1], &zeros);
+            let template = Storage::Affine(Affine::new(codes, is_signed, scales, zeros).unwrap());
+            let Storage::Affine(fitted) = like(&template, &value).unwrap().storage().clone() else { panic!() };
+            let zeros = fitted.zeros().and_then(Tensor::i64s).unwrap_or_else(|| vec![0]);
+            let alike = zeros.iter().all(|zero| *zero == zeros[0]).then_some(zeros[0]);
+            // What is best for values of one sign is the lowest for each tile.
+            assert_eq!(alike, kept.or(Some(0)), "{zeros:?}");
+            assert_eq!(fitted.is_signed(), is_signed);
         }
     }
 

@@ -29,7 +29,7 @@ pub(super) fn search(elements: &[(f64, f64)], low: f64, high: f64) -> f64 {
 }
 
 /// The scale s and the zero point z from 0 to `high`, for codes in that range, that minimize Σ h·(w − s·(q − z))².
-pub(super) fn search_shifted(elements: &[(f64, f64)], high: f64) -> (f64, f64) {
+pub(super) fn search_asymmetric(elements: &[(f64, f64)], high: f64) -> (f64, f64) {
     let bound = |(low, high): (f64, f64), &(value, _): &(f64, f64)| (low.min(value), high.max(value));
     let (lowest, highest) = elements.iter().fold((0.0, 0.0), bound);
     let full = (highest - lowest) / high;

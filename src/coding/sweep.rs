@@ -371,7 +371,7 @@ mod tests {
         for (tile, is_table) in [([1, 160], false), ([1, 32], false), ([150, 160], true)] {
             let dims = [150, 160];
             let values = by_rows(&weight);
-            let scheme = if is_table { Scheme::Table } else { Scheme::Uniform };
+            let scheme = if is_table { Scheme::Table } else { Scheme::Symmetric };
             let plain = nearest((scheme, 3), (DType::Float, &dims, &tile), &values, None).unwrap();
             let ids: Vec<f64> = plain.codes().unwrap().tiles().map(|tile| tile as f64).collect();
             let ids = DMatrix::from_row_slice(150, 160, &ids);

@@ -136,8 +136,8 @@ impl Affine {
         if wanted != 8 || form.signed == other.signed {
             return Self { codes: form.codes.with_bits(wanted), ..form };
         }
-        let half = 1_i64 << (bits - 1);
-        let shift = if form.signed { half } else { -half };
+        // The middle of bytes is zero for symmetric codes, which have a sign, and half of their own range for others.
+        let shift = if form.signed { 1_i64 << (wanted - 1) } else { -(1_i64 << (bits - 1)) };
         let bytes = form.codes.bytes().iter().map(|byte| byte.wrapping_add(shift as u8)).collect();
         let before = form.zeros.as_ref().and_then(Tensor::i64s).unwrap_or_else(|| vec![0; form.scales.len()]);
         let zeros: Vec<_> = before.iter().map(|zero| zero + shift).collect();

@@ -55,7 +55,7 @@ impl Declare for Quantize {
 
 impl Quantize {
     fn ways(&self) -> Vec<Way> {
-        let form = |bits, tiling| Way::Codes(Form { scheme: Scheme::Uniform, bits, tiling });
+        let form = |bits, tiling| Way::Codes(Form { scheme: Scheme::Symmetric, bits, tiling });
         let bits: &[u32] = match self.bits {
             Bits::Eight => &[8],
             Bits::Four => &[4],

@@ -216,7 +216,8 @@ fn coding_alone(size: usize) -> anyhow::Result<()> {
     let mixed = DMatrix::from_fn(size, 256, noise);
     let covariance = &mixed * mixed.transpose() + DMatrix::identity(size, size);
     let (plane, metrics) = (Plane::new(&dims, None), [Metric::Full(covariance)]);
-    for (what, scheme, tiling) in [("GPTQ", Scheme::Uniform, Tiling::Rows), ("a table", Scheme::Table, Tiling::Tensor)]
+    for (what, scheme, tiling) in
+        [("GPTQ", Scheme::Symmetric, Tiling::Rows), ("a table", Scheme::Table, Tiling::Tensor)]
     {
         let tile = plane.tile(tiling).context("tiles")?;
         let mut stored = None;
