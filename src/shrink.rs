@@ -3,6 +3,7 @@
 mod chain;
 mod land;
 mod lossy;
+mod prove;
 mod search;
 mod stage;
 
@@ -16,15 +17,12 @@ use serde::Serialize;
 
 use self::lossy::Lossy;
 use crate::{
-    analysis::{cost::Cost, moments, validity},
-    codec::{Model, Runtime, keeps_weights},
+    analysis::{cost::Cost, moments},
+    codec::{Model, Runtime},
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
-    verify::{
-        Cannot, Certificate, DataError, Difference, Engine, NO_CLASSES, ROUNDING_BUDGET, Reference, Request, Samples,
-        Split, Value, compare_regions, error_when_optimized, runs_as_written, takes_batches,
-    },
+    verify::{Cannot, Certificate, DataError, Difference, NO_CLASSES, Request, Samples},
 };
 
 /// The default budget with a person's samples.
@@ -299,16 +297,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.tell_of(samples);
     }
     report.before = Cost { bytes: Cost::bytes(file), ..Cost::of(model, &cx.bound) };
-    let mut base = model.clone();
-    if !job.items.is_empty() && !job.keep_initializer_inputs {
-        let unlisted = base.graph.unlist_default_values();
-        if unlisted > 0 {
-            report.notes.push(format!(
-                "{unlisted} initializers are no longer listed as inputs, which runtimes need to optimize them; \
-                 --keep-initializer-inputs keeps them"
-            ));
-        }
-    }
+    let base = unlisted(model, job, &mut report);
     let result = match &samples {
         Some(samples) if lossy => Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?,
         samples => {
@@ -317,7 +306,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
             report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
             if let Some(samples) = samples.as_ref().filter(|_| result.graph.edits() != model.graph.edits()) {
                 progress("verifying");
-                report.difference = Some(prove_same(model, &result, job, samples)?);
+                report.difference = Some(prove::same(model, &result, job, samples)?);
                 if let Some(why) = &samples.unrunnable {
                     report.notes.push(format!("only what changed was verified, region by region, since {why}"));
                 }
@@ -330,64 +319,25 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
-    let files = report.chain.iter().map(|link| &link.model).chain([&result]);
-    match fault(model, files) {
-        Some(fault) if job.verify => return Err(ShrinkError::Invalid(fault)),
-        Some(fault) => report.notes.push(format!("runtimes may refuse the result, since {fault}")),
-        None => {}
-    }
-    if job.verify {
-        let runnable = samples.filter(|samples| samples.unrunnable.is_none());
-        let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
-        prove_usable(model, (&result, &report.chain), &job.request.engine, &inputs)?;
-        let verified = report.difference.as_ref().map_or(0.0, |difference| difference.error);
-        prove_optimized((model, &result), &job.request.engine, &inputs, verified)?;
-    }
+    prove::usable(model, &result, job, samples.as_ref(), &mut report)?;
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
 }
 
-/// The first thing that runtimes would refuse one of these files for, and not the original.
-fn fault<'a>(model: &Model, mut files: impl Iterator<Item = &'a Model>) -> Option<String> {
-    let known = validity::faults(&model.graph);
-    files.find_map(|file| validity::faults(&file.lowered().graph).into_iter().find(|fault| !known.contains(fault)))
-}
-
-/// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that
-/// were verified.
-fn prove_usable(
-    model: &Model,
-    (result, chain): (&Model, &[Link]),
-    engine: &Engine,
-    inputs: &[Vec<Value>],
-) -> Result<(), ShrinkError> {
-    let takes = |model: &Model| matches!(takes_batches(engine, model, inputs), Ok(Some(true)));
-    // What the original can't do is not asked of the result.
-    if takes(model) && !takes(result) {
-        return Err(ShrinkError::Batches);
+/// `model` without constants that are listed as inputs, unless the job keeps these.
+fn unlisted(model: &Model, job: &Job, report: &mut Report) -> Model {
+    let mut model = model.clone();
+    if job.items.is_empty() || job.keep_initializer_inputs {
+        return model;
     }
-    for model in chain.iter().map(|link| &link.model).chain([result]) {
-        if !keeps_weights(model) || runs_as_written(engine, model, inputs)? == Some(false) {
-            return Err(ShrinkError::Misspelled);
-        }
+    let unlisted = model.graph.unlist_default_values();
+    if unlisted > 0 {
+        report.notes.push(format!(
+            "{unlisted} initializers are no longer listed as inputs, which runtimes need to optimize them; \
+             --keep-initializer-inputs keeps them"
+        ));
     }
-    Ok(())
-}
-
-/// Checks that the engine, where it optimizes files, makes of the result's about what was `verified` of it.
-fn prove_optimized(
-    models: (&Model, &Model),
-    engine: &Engine,
-    inputs: &[Vec<Value>],
-    verified: f64,
-) -> Result<(), ShrinkError> {
-    /// Kernels of integers, of which an optimized file may use others than the original, differ by a few percent.
-    const OF_KERNELS: f64 = 0.05;
-    let allowed = 2.0 * verified + OF_KERNELS;
-    match error_when_optimized(engine, models, inputs)? {
-        Some(found) if found.is_nan() || found > allowed => Err(ShrinkError::Optimized { found, verified }),
-        _ => Ok(()),
-    }
+    model
 }
 
 /// The set of `globs`, each of which must match something.
@@ -414,14 +364,4 @@ fn keep(model: &Model, globs: &[globset::Glob]) -> Result<globset::GlobSet, Shri
 /// Whether an error is inside a budget; NaN never is.
 fn within(found: f64, budget: f64) -> Result<(), ShrinkError> {
     if found <= budget { Ok(()) } else { Err(ShrinkError::Differs { found, budget }) }
-}
-
-/// Checks that only rounding differs.
-fn prove_same(model: &Model, result: &Model, job: &Job, samples: &Samples) -> Result<Difference, ShrinkError> {
-    let difference = match &samples.unrunnable {
-        None => Reference::new(&job.request.engine, model, samples.part(Split::Last))?.compare(result)?,
-        Some(_) => compare_regions(&job.request.engine, model, result, &samples.bound)?,
-    };
-    within(difference.rounding, ROUNDING_BUDGET)?;
-    Ok(difference)
 }

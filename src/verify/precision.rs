@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// How many times what rounding changes of single precision it may change of values that are computed in half precision or `BFLOAT16`: fusing
-/// the normalizations of a MobileNet of 28 layers in half precision changes its output by 3.8e-3 (8 units in the last place), where
+/// the normalizations of a `MobileNet` of 28 layers in half precision changes its output by 3.8e-3 (8 units in the last place), where
 /// [`ROUNDING_BUDGET`](super::ROUNDING_BUDGET) is 1e-4. `BFLOAT16` has units eight times as large, of which half as many are allowed.
 const HALF: f64 = 100.0;
 const BFLOAT16: f64 = 400.0;

@@ -164,6 +164,7 @@ fn zeroed_weights_are_refused_in_onnxruntime() {
             let samples = Samples::gather(&model, &request()).unwrap().part(Split::Last);
             error_when_optimized(&engine(), (&model, result), &samples).unwrap().unwrap()
         };
-        assert!(optimized(&model) < BETWEEN_ENGINES && !(optimized(&zeroed) < 0.5), "{}", path.display());
+        let (same, off) = (optimized(&model), optimized(&zeroed));
+        assert!(same < BETWEEN_ENGINES && (off.is_nan() || off > 0.5), "{}: {same} {off}", path.display());
     }
 }
