@@ -31,7 +31,8 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>)
     }
     let mut proto = graph.rest.clone();
     // A file that nobody edited is written in its own order, sorted or not.
-    let order = if graph.edits() == 0 { graph.file_order() } else { graph.order() };
+    let is_as_read = graph.edits() == 0;
+    let order = if is_as_read { graph.file_order() } else { graph.order() };
     for id in order {
         match graph.kind(id) {
             Kind::Input | Kind::Capture(_) => {}
@@ -61,7 +62,7 @@ fn graph(graph: &Graph, outer: &BTreeMap<u32, String>, around: &HashSet<String>)
     let known = graph.values();
     let declared = |name: &str| {
         let renamed = known.get(name).is_some_and(|value| names.changed.contains_key(value));
-        graph.edits() == 0 || known.contains_key(name) && !renamed
+        is_as_read || known.contains_key(name) && !renamed
     };
     proto.value_info = graph.value_info.iter().filter(|info| declared(info.name())).cloned().collect();
     proto
