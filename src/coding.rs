@@ -100,7 +100,7 @@ pub fn nearest(
 /// `value` in the form of `storage`, or in one as like it as another shape allows, each element by the nearest.
 #[must_use]
 pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
-    let (form, codes) = match storage {
+    let codes = match storage {
         Storage::Dense => return Some(Weight::dense(value.clone())),
         Storage::Half => {
             let halves = Tensor::floats(DType::Float16, value.dims(), &value.f64s()?)?;
@@ -111,11 +111,11 @@ pub(crate) fn like(storage: &Storage, value: &Tensor) -> Option<Weight> {
             let plane = Plane::new(value.dims(), None);
             return Weight::stored(fit_vectors((&plane, form), (value.dtype(), value.dims()), &value.f64s()?, &[])?);
         }
-        Storage::Affine(affine) => (form_of(affine), affine.codes()),
-        Storage::Codebook(codebook) => ((Scheme::Table, codebook.codes().bits()), codebook.codes()),
+        Storage::Affine(affine) => affine.codes(),
+        Storage::Codebook(codebook) => codebook.codes(),
     };
     let tile = codes.tile_for(value.dims());
-    let like = nearest(form, (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
+    let like = nearest(Scheme::of(storage)?, (value.dtype(), value.dims(), &tile), &value.f64s()?, None)?;
     Weight::stored(like.like(storage))
 }
 
@@ -133,37 +133,11 @@ pub(crate) fn fit_like(
         let form = (vectors.codes().bits(), vectors.width());
         return Weight::stored(fit_vectors((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?);
     }
-    let ((scheme, bits), codes) = match template.storage() {
-        Storage::Affine(affine) => (form_of(affine), affine.codes()),
-        Storage::Codebook(codebook) => ((Scheme::Table, codebook.codes().bits()), codebook.codes()),
-        _ => return template.fit(dims, &values),
-    };
+    let Some(codes) = template.storage().codes() else { return template.fit(dims, &values) };
+    let (scheme, bits) = Scheme::of(template.storage())?;
     let form = (scheme, bits, codes.tile());
     let fitted = fit((&Plane::new(dims, Some(linear)), form), (dtype, dims), &values, metrics)?;
     Weight::stored(fitted.like(template.storage()))
-}
-
-/// The scheme and the bits of codes like those of `affine`: with zero points where these are not in the middle, one for all tiles where they
-/// are alike, as kernels may ask for it; and in seven bits where half of the range of eight is used, in which kernels add two products
-/// without overflow.
-fn form_of(affine: &Affine) -> (Scheme, u32) {
-    let bits = affine.codes().bits();
-    let lowest = if affine.is_signed() { -(1_i64 << (bits - 1)) } else { 0 };
-    let middle = lowest + (1 << (bits - 1));
-    let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_else(|| vec![0]);
-    let is_symmetric = zeros.iter().all(|zero| *zero == middle);
-    let code = |&byte: &u8| if affine.is_signed() { i64::from(byte as i8) } else { i64::from(byte) };
-    let half = if is_symmetric || affine.is_signed() { middle - 64..=middle + 64 } else { 0..=127 };
-    let is_reduced = bits == 8 && affine.codes().bytes().iter().all(|byte| half.contains(&code(byte)));
-    let bits = if is_reduced { 7 } else { bits };
-    if is_symmetric {
-        return (Scheme::Symmetric, bits);
-    }
-    let alike = affine.scales().len() > 1 && zeros.iter().all(|zero| *zero == zeros[0]);
-    // In seven bits, signed codes begin at half of what they do in eight.
-    let lowest = if is_reduced { lowest / 2 } else { lowest };
-    let zero = u8::try_from(zeros[0] - lowest).ok().filter(|zero| alike && f64::from(*zero) <= levels::top(bits));
-    (Scheme::Asymmetric(zero), bits)
 }
 
 /// A table of all values of a weight that has at most 256 different ones, and indices of the fewest bits, or of eight.
@@ -193,6 +167,40 @@ pub fn exact_table(value: &Tensor, is_packed: bool) -> Option<Weight> {
 
 /// Bits that codes may have.
 pub const WIDTHS: [u32; 5] = [1, 2, 3, 4, 8];
+
+impl Scheme {
+    /// The scheme and the bits of codes like those of `storage`, if it has any for each element.
+    fn of(storage: &Storage) -> Option<(Self, u32)> {
+        match storage {
+            Storage::Dense | Storage::Half | Storage::Vectors(_) => None,
+            Storage::Affine(affine) => Some(of_affine(affine)),
+            Storage::Codebook(codebook) => Some((Self::Table, codebook.codes().bits())),
+        }
+    }
+}
+
+/// The scheme and the bits of codes like those of `affine`: with zero points where these are not in the middle, one for all tiles where they
+/// are alike, as kernels may ask for it; and in seven bits where half of the range of eight is used, in which kernels add two products
+/// without overflow.
+fn of_affine(affine: &Affine) -> (Scheme, u32) {
+    let bits = affine.codes().bits();
+    let lowest = if affine.is_signed() { -(1_i64 << (bits - 1)) } else { 0 };
+    let middle = lowest + (1 << (bits - 1));
+    let zeros = affine.zeros().and_then(Tensor::i64s).unwrap_or_else(|| vec![0]);
+    let is_symmetric = zeros.iter().all(|zero| *zero == middle);
+    let code = |&byte: &u8| if affine.is_signed() { i64::from(byte as i8) } else { i64::from(byte) };
+    let half = if is_symmetric || affine.is_signed() { middle - 64..=middle + 64 } else { 0..=127 };
+    let is_reduced = bits == 8 && affine.codes().bytes().iter().all(|byte| half.contains(&code(byte)));
+    let bits = if is_reduced { 7 } else { bits };
+    if is_symmetric {
+        return (Scheme::Symmetric, bits);
+    }
+    let alike = affine.scales().len() > 1 && zeros.iter().all(|zero| *zero == zeros[0]);
+    // In seven bits, signed codes begin at half of what they do in eight.
+    let lowest = if is_reduced { lowest / 2 } else { lowest };
+    let zero = u8::try_from(zeros[0] - lowest).ok().filter(|zero| alike && f64::from(*zero) <= levels::top(bits));
+    (Scheme::Asymmetric(zero), bits)
+}
 
 impl Levels {
     /// The storage of `codes` that stand for these levels.

@@ -41,6 +41,9 @@ mod tucker;
 
 use crate::pass::PassInfo;
 
+/// The operator set from which on a `Gemm` need not add anything.
+const GEMM_MAY_ADD_NOTHING: i64 = 11;
+
 /// All passes. The exact and rounding ones stand in the order in which `simplify` runs them. What is dead goes first since it
 /// would be work for the others, and branches that are always taken are put in place next since what is in them is, too.
 /// Identities go before folding since they hide constants, and folding before merging since it makes equal constants.

@@ -110,8 +110,7 @@ fn merge(graph: &mut Graph, node: NodeId) -> Option<()> {
     });
     let bias = through.as_slice();
     let weight = flatten(&both, &merged, &dims, graph.weight(both.weight)?)?;
-    // Before opset 11, a Gemm has a bias in any case.
-    let is_needed = bias.iter().any(|&b| b != 0.0) || kinds.1 == "Gemm" && graph.opset() < 11;
+    let is_needed = bias.iter().any(|&b| b != 0.0) || kinds.1 == "Gemm" && graph.opset() < super::GEMM_MAY_ADD_NOTHING;
     let bias = if is_needed { Some(both.fit_bias(graph, bias)?) } else { None };
     replace(graph, (&first, &both), kept, weight, bias)
 }

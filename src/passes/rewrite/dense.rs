@@ -1,6 +1,9 @@
 //! Products of matrices by constants, and splitting them in two.
 
-use crate::ir::{Graph, Inlet, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float};
+use crate::{
+    ir::{Graph, Inlet, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float},
+    passes::GEMM_MAY_ADD_NOTHING,
+};
 
 /// A `Gemm` or `MatMul` with a constant matrix, seen as y = x·M, or y = M·x.
 pub(super) struct Layer {
@@ -75,8 +78,7 @@ pub(super) fn collect(graph: &Graph, value: Outlet, layers: &mut Vec<Layer>) -> 
     })
 }
 
-/// The operator set from which on a `Gemm` need not add anything, and that from which on what it adds is broadcast unasked.
-const BIAS_IS_OPTIONAL: i64 = 11;
+/// The operator set from which on what a `Gemm` adds is broadcast unasked.
 const BROADCASTS_UNASKED: i64 = 7;
 
 /// `op` with the flag `name` set, or without it: absent means zero.
@@ -90,7 +92,7 @@ pub(super) fn split(graph: &mut Graph, layer: &Layer, (left, right): (Outlet, Ou
     let gemm = op.is("Gemm");
     let x = graph.operand(layer.node, 1 - layer.slot)?;
     let whole = graph.operand(layer.node, layer.slot)?;
-    let zero = if gemm && graph.opset() < BIAS_IS_OPTIONAL {
+    let zero = if gemm && graph.opset() < GEMM_MAY_ADD_NOTHING {
         Some(Weight::dense(Tensor::floats(graph.constant(left)?.dtype(), &[1], &[0.0])?))
     } else {
         None
