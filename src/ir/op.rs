@@ -184,6 +184,11 @@ impl Op {
         self.attribute(name).and_then(|a| Tensor::carried(a.t.clone()?, None).ok())
     }
 
+    /// Sets an attribute that is a tensor.
+    pub(crate) fn set_tensor(&mut self, name: &str, value: &Tensor) {
+        self.set(AttributeProto { t: Some(value.to_proto()), ..attribute(name, AttributeType::Tensor) });
+    }
+
     /// Puts `attribute` in the place of the one of its name, or last.
     pub(crate) fn set(&mut self, attribute: AttributeProto) {
         match self.proto.attribute.iter_mut().find(|a| a.name() == attribute.name()) {

@@ -1,6 +1,8 @@
 //! Running models: what is fed, what comes out, and the engines that do it.
 
 mod branches;
+mod interpreter;
+mod legalize;
 mod onnxruntime;
 mod tract;
 
@@ -186,9 +188,17 @@ impl Engine {
         let prepared = Prepared { model: &plain, types };
         Ok(Runner(match &self.onnxruntime {
             Some(library) => Box::new(library.session(&prepared, sample, self.given)?),
-            None => Box::new(branches::Branches::new(&prepared, sample)?),
+            None => in_tract(&prepared, sample)?,
         }))
     }
+}
+
+/// Prepares a model for tract, or for the evaluator of constants where that knows all of it and tract does not.
+fn in_tract(prepared: &Prepared<'_>, sample: &[Value]) -> Result<Box<dyn Run>, Cannot> {
+    let planned = branches::Branches::new(prepared, sample);
+    planned.map(|plan| Box::new(plan) as Box<dyn Run>).or_else(|why| {
+        interpreter::Interpreter::new(prepared, sample).map(|all| Box::new(all) as Box<dyn Run>).map_err(|_| why)
+    })
 }
 
 /// A model ready to show some of its values.
@@ -292,8 +302,11 @@ impl Runner {
 }
 
 fn can_be_fed(dtype: DType) -> bool {
-    use DType::{Bool, Double, Float, Float16, Int8, Int16, Int32, Int64, Uint8, Uint16};
-    matches!(dtype, Float | Double | Float16 | Int64 | Int32 | Int16 | Int8 | Uint8 | Uint16 | Bool)
+    use DType::{Bfloat16, Bool, Double, Float, Float16, Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64};
+    matches!(
+        dtype,
+        Float | Double | Float16 | Bfloat16 | Int64 | Int32 | Int16 | Int8 | Uint64 | Uint32 | Uint16 | Uint8 | Bool
+    )
 }
 
 thread_local! {

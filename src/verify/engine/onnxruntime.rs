@@ -107,6 +107,9 @@ fn input(value: &Value, dtype: DType) -> anyhow::Result<SessionInputValue<'stati
         DType::Int8 => tensor!(|v| v as i8),
         DType::Uint8 => tensor!(|v| v as u8),
         DType::Uint16 => tensor!(|v| v as u16),
+        DType::Uint32 => tensor!(|v| v as u32),
+        DType::Uint64 => tensor!(|v| v as u64),
+        DType::Bfloat16 => tensor!(bf16::from_f64),
         DType::Bool => tensor!(|v| v != 0.0),
         _ => anyhow::bail!("{dtype:?} can't be fed"),
     })

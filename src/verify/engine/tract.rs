@@ -5,7 +5,7 @@ use std::sync::Arc;
 use prost::Message;
 use tract_onnx::{prelude::*, tract_core::internal::TractError};
 
-use super::{Cannot, Prepared, Run, Value, guarded};
+use super::{Cannot, Prepared, Run, Value, guarded, legalize::legalize};
 use crate::ir::{DType, Graph, Op};
 
 /// A model that tract has planned.
@@ -18,12 +18,16 @@ impl Plan {
     /// Prepares a model for inputs shaped like `sample`: optimized, or as it is where the optimizer fails.
     pub(super) fn new(prepared: &Prepared<'_>, sample: &[Value]) -> Result<Self, Cannot> {
         preflight(&prepared.model.graph)?;
-        let bytes = prepared.model.encode_twin();
+        let mut model = prepared.model.clone();
+        legalize(&mut model.graph);
+        let bytes = model.encode_twin();
+        let wide = |&dtype: &DType| if dtype == DType::Bfloat16 { DType::Float } else { dtype };
+        let types: Vec<_> = prepared.types.iter().map(wide).collect();
         let shapes: Vec<_> = sample.iter().map(|value| value.dims.clone()).collect();
         let attempt = |optimize: bool| {
             guarded("tract", || {
-                let plan = load(&bytes, &prepared.types, &shapes, optimize)?;
-                let plan = Self { plan, types: prepared.types.clone() };
+                let plan = load(&bytes, &types, &shapes, optimize)?;
+                let plan = Self { plan, types: types.clone() };
                 plan.evaluate(sample)?;
                 TractResult::Ok(plan)
             })
@@ -78,6 +82,8 @@ fn datum(dtype: DType) -> Option<DatumType> {
         DType::Int8 => i8::datum_type(),
         DType::Uint8 => u8::datum_type(),
         DType::Uint16 => u16::datum_type(),
+        DType::Uint32 => u32::datum_type(),
+        DType::Uint64 => u64::datum_type(),
         DType::Bool => bool::datum_type(),
         _ => return None,
     })
