@@ -164,7 +164,7 @@ pub struct Shrink {
     /// Write the result without checking it.
     #[arg(long)]
     pub no_verify: bool,
-    /// Refuse a file with fields that this program does not know.
+    /// Refuse a file with fields that this program does not know, and changes that can't be verified, which otherwise are taken back.
     #[arg(long)]
     pub strict: bool,
     /// Write the result even if it is larger than the input.

@@ -17,6 +17,7 @@ mod codes;
 mod edit;
 mod element;
 mod extract;
+mod graft;
 mod inline;
 mod op;
 mod storage;

@@ -156,6 +156,7 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         runtime: options.runtime,
         keep_initializer_inputs: options.keep_initializer_inputs,
         verify: !options.no_verify,
+        strict: options.strict,
         warn: if options.quiet { |_| {} } else { |warning| eprintln!("warning: {warning}") },
     };
     let bar = progress(options.quiet);
@@ -383,6 +384,9 @@ fn table(report: &Report, verbose: bool) -> String {
     }
     for note in &report.notes {
         let _ = writeln!(text, "note: {note}");
+    }
+    for cause in report.causes.iter().filter(|_| verbose) {
+        let _ = writeln!(text, "    {cause}");
     }
     text
 }

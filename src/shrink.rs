@@ -22,7 +22,7 @@ use crate::{
     ir::Graph,
     pass::{Context, Fidelity, Minimize, Price},
     pipeline::{self, Item, Outcome, PipelineError},
-    verify::{Cannot, Certificate, DataError, Difference, NO_CLASSES, Request, Samples},
+    verify::{Cannot, Certificate, DataError, Difference, NO_CLASSES, Request, Samples, Source},
 };
 
 /// The default budget with a person's samples.
@@ -63,8 +63,17 @@ pub struct Job {
     pub keep_initializer_inputs: bool,
     /// Whether the result is checked.
     pub verify: bool,
+    /// Changes that can't be proven are an error, and are not taken back.
+    pub strict: bool,
     /// Is told what a person should know before the work is done.
     pub warn: fn(&str),
+}
+
+impl Job {
+    /// Whether any pass may change more than rounding does.
+    fn is_lossy(&self) -> bool {
+        self.items.iter().any(|item| item.fidelity() == Fidelity::Lossy)
+    }
 }
 
 impl Default for Job {
@@ -83,6 +92,7 @@ impl Default for Job {
             runtime: Runtime::default(),
             keep_initializer_inputs: false,
             verify: true,
+            strict: false,
             warn: |_| {},
         }
     }
@@ -114,14 +124,20 @@ pub struct Report {
     pub moments: Arc<moments::Table>,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// Why some of it is so, for whoever looks for the cause.
+    pub causes: Vec<String>,
 }
 
 impl Report {
+    /// Notes what a person should know of the data: arrays that name no input, and inputs that it lacks.
+    fn tell_of_data(&mut self, ignored: &[String], drawn: &[String]) {
+        self.notes.extend(ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
+        self.notes.extend(drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
+    }
+
     /// Notes what a person should know of the samples.
-    fn tell_of(&mut self, samples: &Samples) {
+    fn tell_of_shapes(&mut self, samples: &Samples) {
         self.random_inputs = samples.random;
-        self.notes.extend(samples.ignored.iter().map(|name| format!("array `{name}` of the data names no input")));
-        self.notes.extend(samples.drawn.iter().map(|name| format!("the data has no array `{name}`: it was random")));
         self.notes.extend(samples.chosen_shapes());
     }
 }
@@ -141,6 +157,11 @@ pub enum ShrinkError {
     /// The model can't be run, for a reason found while the samples were made.
     #[error("could not verify: {0}; {HINT}")]
     Unrunnable(String),
+    /// Changes that would have to be taken back.
+    #[error(
+        "the rewritten form of the operators before {0} could not be verified; leave out --strict to keep these as they were"
+    )]
+    Unproven(String),
     /// The inputs do not exercise any output.
     #[error(
         "could not verify: no output varies over the samples by more than a thousandth of one and of its size, or what varies is not a \
@@ -252,6 +273,7 @@ impl ShrinkError {
             self,
             Self::Cannot(_)
                 | Self::Unrunnable(_)
+                | Self::Unproven(_)
                 | Self::Flat
                 | Self::Incomparable
                 | Self::Batches
@@ -276,7 +298,7 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     }
     let model = &raised;
     let mut report = Report::default();
-    let lossy = job.items.iter().any(|item| item.fidelity() == Fidelity::Lossy);
+    let lossy = job.is_lossy();
     // A target is met without measuring, but what is lost on the way is judged by samples.
     let is_driven = job.target.is_none() || job.request.data.is_none();
     if let (false, true, Some(Item::Pass(step))) = (job.verify, is_driven, job.items.iter().find(|item| item.is_free()))
@@ -284,32 +306,44 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         return Err(ShrinkError::Unmeasured(step.info.name.to_owned()));
     }
     let keep = keep(model, &job.keep)?;
-    progress("preparing samples");
     let is_run = job.verify || lossy && job.request.data.is_some();
-    let samples = if is_run { Some(Samples::gather(model, &job.request)?) } else { None };
+    let source = if is_run { Some(Source::new(model, &job.request)?) } else { None };
+    if let Some(source) = &source {
+        report.tell_of_data(&source.ignored, &source.drawn);
+    }
+    let (source, samples) = match source {
+        Some(source) if lossy => {
+            progress("preparing samples");
+            (None, Some(source.gather(model, false)))
+        }
+        source => (source, None),
+    };
     let has_target = job.target.is_some();
     let mut cx = Context { keep, minimize: job.minimize, runtime: job.runtime, has_target, ..Context::default() };
-    if samples.is_none() {
-        cx.bound = Samples::likely_shapes(model, &job.request);
-    }
-    if let Some(samples) = &samples {
-        cx.bound.clone_from(&samples.bound);
-        report.tell_of(samples);
+    match &samples {
+        None => cx.bound = Samples::likely_shapes(model, &job.request),
+        Some(samples) => {
+            cx.bound.clone_from(&samples.bound);
+            report.tell_of_shapes(samples);
+        }
     }
     report.before = Cost { bytes: Cost::bytes(file), ..Cost::of(model, &cx.bound) };
     let base = unlisted(model, job, &mut report);
     let result = match &samples {
-        Some(samples) if lossy => Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?,
-        samples => {
+        Some(samples) => {
+            let result = Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?;
+            if result.graph.edits() != model.graph.edits() {
+                prove::usable(model, &result, job, Some(samples), &mut report)?;
+            }
+            result
+        }
+        None => {
             progress("running passes");
-            let mut result = base;
+            let mut result = base.clone();
             report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
-            if let Some(samples) = samples.as_ref().filter(|_| result.graph.edits() != model.graph.edits()) {
+            if result.graph.edits() != model.graph.edits() {
                 progress("verifying");
-                report.difference = Some(prove::same(model, &result, job, samples)?);
-                if let Some(why) = &samples.unrunnable {
-                    report.notes.push(format!("only what changed was verified, region by region, since {why}"));
-                }
+                prove::lossless(&base, &mut result, job, source, &mut report)?;
             }
             result
         }
@@ -319,7 +353,6 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
         report.after = report.before.clone();
         return Ok((file.clone(), report));
     }
-    prove::usable(model, &result, job, samples.as_ref(), &mut report)?;
     report.after = Cost::of(&result, &cx.bound);
     Ok((result, report))
 }

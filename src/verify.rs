@@ -17,9 +17,9 @@ use rayon::prelude::*;
 
 pub use self::{
     certificate::{CONFIDENCE, Certificate, NO_CLASSES, upper_bound},
-    data::{DataError, Request, Samples, Split},
+    data::{DataError, Request, Samples, Source, Split},
     engine::{Cannot, Engine, Probe, Runner, Value, catches_panics},
-    regions::compare_regions,
+    regions::{Proof, Undone, are_alike, compare_regions, prove_regions},
 };
 use self::{error::Pooled, precision::coarseness, simulate::simulated};
 use crate::{

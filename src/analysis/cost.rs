@@ -123,6 +123,18 @@ fn total(graph: &Graph, shapes: &Shapes) -> (f64, f64) {
     own.chain(inside).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
 }
 
+/// About how long running `graph` takes: its multiply-adds and the elements of its values, where shapes are known.
+#[must_use]
+pub fn work(graph: &Graph, shapes: &Shapes) -> u64 {
+    let made = graph.node_ids().filter(|&id| graph.constant(id.out()).is_none());
+    let values = made.flat_map(|id| (0..graph.output_count(id)).map(move |slot| id.at(slot)));
+    let elements = |value| shapes.known(value).map_or(0.0, |dims| dims.iter().map(|&d| d as f64).product());
+    (total(graph, shapes).0 + WORK_OF_ELEMENT * values.map(elements).sum::<f64>()) as u64
+}
+
+/// Multiply-adds that take as long as writing an element.
+const WORK_OF_ELEMENT: f64 = 16.0;
+
 /// Nanoseconds that running one node takes by a model of three parts, a table of primitives (algorithms.md §13.3) in its simplest
 /// form: fitted to what onnxruntime takes for chains of one layer on one core with AVX-512, so it tells which of two models is
 /// faster better than how long either takes.

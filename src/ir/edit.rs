@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use petgraph::{Direction, visit::EdgeRef};
 
-use super::{Body, Const, Graph, Inlet, Input, Kind, Node, NodeId, Op, Origin, Outlet, Output, Weight, Wire};
+use super::{Body, Const, DType, Graph, Inlet, Input, Kind, Node, NodeId, Op, Origin, Outlet, Output, Weight, Wire};
 use crate::proto::{TypeProto, ValueInfoProto, tensor_shape_proto::dimension, type_proto};
 
 /// `base`, or the first of `base.2`, `base.3`, … that is not `taken`.
@@ -173,6 +173,12 @@ impl Graph {
         }
     }
 
+    /// Makes the input at `place` of the list the constant `weight`, so that it is fed no longer.
+    pub(crate) fn settle_input(&mut self, place: usize, weight: Weight) {
+        let input = self.inputs.remove(place);
+        self.settle(input.node, weight);
+    }
+
     /// Makes the constant `node` the operator `op` on `operands`, of the same name, at the place of its first reader.
     pub(crate) fn unsettle(&mut self, node: NodeId, mut op: Op, operands: &[Outlet]) {
         self.edits += 1;
@@ -219,6 +225,36 @@ impl Graph {
         if let Kind::Op(op) = &mut self.dag[node.0].kind {
             op.arity = arity.max(slot as usize + usize::from(operand.is_some()));
         }
+    }
+
+    /// Drops operands of `node` that are left out at the end; says how many.
+    pub fn trim_operands(&mut self, node: NodeId) -> usize {
+        let wanted = self.operands(node).iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        let Kind::Op(op) = &mut self.dag[node.0].kind else { return 0 };
+        let trimmed = op.arity.saturating_sub(wanted);
+        if trimmed > 0 {
+            op.arity = wanted;
+            self.edits += 1;
+        }
+        trimmed
+    }
+
+    /// Declares inputs of `BFLOAT16` as of single precision, and nothing of other values of that type.
+    pub(crate) fn widen_declarations(&mut self) {
+        let narrow = |info: &ValueInfoProto| match &info.r#type {
+            Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) => {
+                tensor.elem_type == Some(DType::Bfloat16 as i32)
+            }
+            _ => false,
+        };
+        self.value_info.retain(|info| !narrow(info));
+        let outputs = self.outputs.iter_mut().map(|output| &mut output.info);
+        for info in self.inputs.iter_mut().map(|input| &mut input.info).chain(outputs).filter(|info| narrow(info)) {
+            if let Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) = &mut info.r#type {
+                tensor.elem_type = Some(DType::Float as i32);
+            }
+        }
+        self.edits += 1;
     }
 
     /// Has `node` read `operand` in `slot` in place of what it read there, which goes if nothing else reads it.

@@ -2,22 +2,123 @@
 
 use super::{Job, Link, Report, ShrinkError, within};
 use crate::{
-    analysis::validity,
+    analysis::{
+        cost::{Cost, work},
+        shapes::Shapes,
+        validity,
+    },
     codec::{Model, keeps_weights},
     verify::{
-        Difference, Engine, ROUNDING_BUDGET, Reference, Samples, Split, Value, compare_regions, error_when_optimized,
-        runs_as_written, takes_batches,
+        Bound, Difference, Engine, ROUNDING_BUDGET, Reference, Samples, Source, Split, Undone, Value, are_alike,
+        error_when_optimized, prove_regions, runs_as_written, takes_batches,
     },
 };
 
-/// Checks that only rounding differs.
-pub(super) fn same(model: &Model, result: &Model, job: &Job, samples: &Samples) -> Result<Difference, ShrinkError> {
-    let difference = match &samples.unrunnable {
-        None => Reference::new(&job.request.engine, model, samples.part(Split::Last))?.compare(result)?,
-        Some(_) => compare_regions(&job.request.engine, model, result, &samples.bound)?,
-    };
+/// Of a person's samples, so many are enough to show that only rounding differs.
+const MAX_SAMPLES: usize = 16;
+/// Models of more bytes are compared region by region, where no data is given: each engine keeps copies of all weights.
+const MAX_WHOLE_BYTES: usize = 256 << 20;
+/// Models whose run takes more multiply-adds are, too.
+const MAX_WHOLE_WORK: u64 = 8_000_000_000;
+/// Changes that were taken back that are named.
+const NAMED: usize = 3;
+
+/// Proves that `result`, which exact and rounding passes made of `model`, computes the same but for rounding. Where that can't be shown of a
+/// change, it is taken back.
+pub(super) fn lossless(
+    model: &Model,
+    result: &mut Model,
+    job: &Job,
+    source: Option<Source<'_>>,
+    report: &mut Report,
+) -> Result<(), ShrinkError> {
+    let Some(source) = source.filter(|_| job.verify) else { return usable(model, result, job, None, report) };
+    if are_alike(model, result) {
+        report.notes.push(
+            "what was left out, merged or moved changes no operator that is computed, which was proven without running the model"
+                .to_owned(),
+        );
+        return usable(model, result, job, None, report);
+    }
+    let bound = Samples::likely_shapes(model, &job.request);
+    if job.request.data.is_none() && is_heavy(model, &bound) {
+        by_region(model, result, job, (&bound, "running all of it takes long"), report)?;
+        return usable(model, result, job, None, report);
+    }
+    let samples = source.gather(model, true);
+    report.tell_of_shapes(&samples);
+    if let Some(why) = &samples.unrunnable {
+        by_region(model, result, job, (&samples.bound, &format!("the model can't be run as a whole ({why})")), report)?;
+        return usable(model, result, job, None, report);
+    }
+    let mut inputs = samples.part(Split::Last);
+    inputs.truncate(MAX_SAMPLES);
+    let reference = Reference::new(&job.request.engine, model, inputs)?;
+    let mut found = reference.compare(result);
+    if !found.as_ref().is_ok_and(is_rounding) {
+        let proof = prove_regions(&job.request.engine, model, result, &samples.bound)?;
+        tell_of_undone(&proof.undone, job, report)?;
+        match found {
+            Err(why) if proof.undone.is_empty() => {
+                report
+                    .notes
+                    .push(format!("verified change by change, since the result can't be run as a whole ({why})"));
+                report.difference = Some(proof.difference);
+                return usable(model, result, job, None, report);
+            }
+            _ => found = reference.compare(result),
+        }
+    }
+    let difference = found?;
     within(difference.rounding, ROUNDING_BUDGET)?;
-    Ok(difference)
+    report.difference = Some(difference);
+    usable(model, result, job, Some(&samples), report)
+}
+
+fn is_rounding(difference: &Difference) -> bool {
+    difference.rounding <= ROUNDING_BUDGET
+}
+
+/// Whether running all of a model takes much memory or long.
+fn is_heavy(model: &Model, bound: &Bound) -> bool {
+    Cost::bytes(model) > MAX_WHOLE_BYTES || work(&model.graph, &Shapes::infer(&model.graph, bound)) > MAX_WHOLE_WORK
+}
+
+/// Proves each change by itself, at the input shapes of `bound`.
+fn by_region(
+    model: &Model,
+    result: &mut Model,
+    job: &Job,
+    (bound, why): (&Bound, &str),
+    report: &mut Report,
+) -> Result<(), ShrinkError> {
+    let proof = prove_regions(&job.request.engine, model, result, bound)?;
+    tell_of_undone(&proof.undone, job, report)?;
+    report.random_inputs = true;
+    if proof.regions > 0 {
+        report.notes.push(format!("each change was verified by itself, on random inputs, since {why}"));
+        report.difference = Some(proof.difference);
+    }
+    Ok(())
+}
+
+/// Notes which changes were taken back; an error where that is not allowed.
+fn tell_of_undone(undone: &[Undone], job: &Job, report: &mut Report) -> Result<(), ShrinkError> {
+    if undone.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = undone.iter().take(NAMED).map(|undone| format!("`{}`", undone.value)).collect();
+    let more = undone.len().saturating_sub(NAMED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let named = format!("{}{more}", names.join(", "));
+    if job.strict {
+        return Err(ShrinkError::Unproven(named));
+    }
+    report.notes.push(format!(
+        "the operators before {named} stay as they were: their rewritten form could not be verified; -v says why"
+    ));
+    report.causes.extend(undone.iter().map(|undone| format!("`{}`: {}", undone.value, undone.why)));
+    Ok(())
 }
 
 /// Checks that the result can be used as the original can: that runtimes would not refuse its file, and where it is to be verified, that it
@@ -40,7 +141,13 @@ pub(super) fn usable(
     }
     let runnable = samples.filter(|samples| samples.unrunnable.is_none());
     let inputs = runnable.map(|samples| samples.part(Split::Last)).unwrap_or_default();
-    holds(model, (result, &report.chain), &job.request.engine, &inputs)?;
+    // A batch of two was compared already where shapes are open and the values drawn.
+    let batch = |bound: &Bound| bound.values().next().and_then(|dims| dims.first().copied());
+    let compared = runnable.filter(|_| !job.is_lossy()).and_then(|samples| samples.other.as_ref()).and_then(batch);
+    if compared.is_none_or(|batch| batch < 2) {
+        takes(model, result, &job.request.engine, &inputs)?;
+    }
+    holds((result, &report.chain), &job.request.engine, &inputs)?;
     let verified = report.difference.as_ref().map_or(0.0, |difference| difference.error);
     optimized((model, result), &job.request.engine, &inputs, verified)
 }
@@ -51,19 +158,15 @@ fn fault<'a>(model: &Model, mut files: impl Iterator<Item = &'a Model>) -> Optio
     files.find_map(|file| validity::faults(&file.lowered().graph).into_iter().find(|fault| !known.contains(fault)))
 }
 
-/// Checks that the result takes batches where the original does, and that its file and those of the chain hold the weights that
-/// were verified.
-fn holds(
-    model: &Model,
-    (result, chain): (&Model, &[Link]),
-    engine: &Engine,
-    inputs: &[Vec<Value>],
-) -> Result<(), ShrinkError> {
+/// Checks that the result takes batches where the original does.
+fn takes(model: &Model, result: &Model, engine: &Engine, inputs: &[Vec<Value>]) -> Result<(), ShrinkError> {
     let takes = |model: &Model| matches!(takes_batches(engine, model, inputs), Ok(Some(true)));
     // What the original can't do is not asked of the result.
-    if takes(model) && !takes(result) {
-        return Err(ShrinkError::Batches);
-    }
+    if takes(model) && !takes(result) { Err(ShrinkError::Batches) } else { Ok(()) }
+}
+
+/// Checks that the file of the result and those of the chain hold the weights that were verified.
+fn holds((result, chain): (&Model, &[Link]), engine: &Engine, inputs: &[Vec<Value>]) -> Result<(), ShrinkError> {
     for model in chain.iter().map(|link| &link.model).chain([result]) {
         if !keeps_weights(model) || runs_as_written(engine, model, inputs)? == Some(false) {
             return Err(ShrinkError::Misspelled);

@@ -1,18 +1,23 @@
 //! What models are run on: a person's samples, or seeded random values.
 
 mod npz;
+mod tries;
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
 
+use self::tries::{OpenAxes, bound};
 use super::{
     Bound,
     engine::{Cannot, Engine, Value},
 };
 use crate::{
-    analysis::shapes::{Fact, Shapes},
+    analysis::{
+        cost::work,
+        shapes::{Fact, Shapes},
+    },
     codec::Model,
     ir::{DType, Graph, Inlet, Op, Outlet},
     linalg::normal,
@@ -25,10 +30,19 @@ use crate::{
 
 /// Random samples for the search, and as many others for the final word.
 const RANDOM_SAMPLES: usize = 16;
-/// What an open axis beyond the first is tried as.
-const OPEN_AXES: &[usize] = &[224, 64, 32, 16, 1];
-/// At most so many mixtures of these sizes are tried, where one size does not suit all inputs.
-const MAX_MIXTURES: usize = 125;
+/// As many where running the model takes long and few will do.
+const FEW_SAMPLES: usize = 2;
+/// Open axes are so short that a run is estimated to take at most so many multiply-adds, where that is possible.
+const MAX_WORK: u64 = 2_000_000_000;
+/// Shapes that are looked at for a model that is not run.
+const MAX_LIKELY: usize = 16;
+/// Shapes at which the engine fails before no others are tried; so many if it always says the same.
+const MAX_FAILURES: usize = 64;
+const ALIKE_FAILURES: usize = 10;
+/// Shapes that take long that are tried where no others will do.
+const MAX_LATE: usize = 3;
+/// All random samples together are to take about this many multiply-adds where only a few of them are needed.
+const FEW_WORK: u64 = 200_000_000;
 /// Random integers lie below this where they index no table that is known, else below its size: what is done to any row
 /// of the table must show.
 const INTEGERS_BELOW: usize = 128;
@@ -166,6 +180,8 @@ fn spelled(dims: impl Iterator<Item = Option<usize>>) -> String {
 struct Slot {
     name: String,
     fact: Fact,
+    /// The names of its open axes; empty for the others.
+    axes: Vec<String>,
     /// Axes that are called like the first axis of some input: batches.
     batches: Vec<usize>,
     below: usize,
@@ -180,97 +196,25 @@ impl Samples {
     ///
     /// When the data does not fit the inputs.
     pub fn gather(model: &Model, request: &Request) -> Result<Self, DataError> {
-        let slots = slots(&model.graph);
-        let names = || slots.iter().map(|slot| format!("`{}`", slot.name)).collect::<Vec<_>>().join(", ");
-        let known = |name: &str| slots.iter().any(|slot| slot.name == *name);
-        if let Some(name) = request.fixed.keys().chain(request.shapes.keys()).find(|name| !known(name)) {
-            return Err(DataError::NoSuchInput(name.clone(), names()));
-        }
-        check_shapes(&slots, request)?;
-        let (arrays, ignored) = match &request.data {
-            Some(path) => npz::read(path, &slots)?,
-            None => (BTreeMap::new(), Vec::new()),
-        };
-        if request.data.is_some() && arrays.is_empty() {
-            let found = ignored.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-            let found = if found.is_empty() { "no arrays".to_owned() } else { found };
-            return Err(DataError::NothingNamed { found, inputs: names() });
-        }
-        let (split, shortest) = npz::cut(&slots, arrays)?;
-        let drawn: Vec<_> = if request.data.is_some() {
-            slots.iter().filter(|slot| slot.is_drawn(request, &split)).map(|slot| slot.name.clone()).collect()
-        } else {
-            Vec::new()
-        };
-        if request.data.is_some() && shortest < 8 {
-            return Err(DataError::TooFew(shortest));
-        }
-        let count = if request.data.is_some() { shortest } else { 2 * RANDOM_SAMPLES };
-        let mut failures = Vec::new();
-        for sizes in open_sizes(&slots, request) {
-            // Sizes of their own for each input are worth a try only where sizes make a difference.
-            let mixed = sizes.windows(2).any(|pair| pair[0] != pair[1]);
-            if mixed && failures.windows(2).all(|pair| pair[0] == pair[1]) {
-                break;
-            }
-            let shape = |(slot, &open): (&Slot, &usize)| match split.get(&slot.name) {
-                Some(values) => values.first().map(|value| value.dims.clone()).unwrap_or_default(),
-                None => slot.shape(request, 1, open),
-            };
-            let names = slots.iter().map(|slot| slot.name.clone());
-            let bound: Bound = names.zip(slots.iter().zip(&sizes).map(shape)).collect();
-            let runs = |bound: &Bound| {
-                request.engine.check_memory(model, bound, count)?;
-                let one = Self::draw(&slots, request, &split, std::slice::from_ref(bound), 1);
-                request.engine.prepare(model, one.first().ok_or(Cannot::NoSamples)?)
-            };
-            let telling = |bounds: &[Bound]| {
-                let mut samples = Self::draw(&slots, request, &split, bounds, count);
-                Self::take_compared(&slots, request, &split, &mut samples);
-                let runs = |sample: &Vec<Value>| request.engine.prepare(model, sample).is_ok();
-                samples.iter().skip(COMPARED_PERIOD / 2).step_by(2).take(bounds.len()).all(runs).then_some(samples)
-            };
-            let Err(why) = runs(&bound) else {
-                let other = if request.data.is_some() {
-                    None
-                } else {
-                    other_shapes(&slots, request, &sizes).into_iter().find(|bound| runs(bound).is_ok())
-                };
-                let bounds: Vec<_> = std::iter::once(bound.clone()).chain(other.clone()).collect();
-                let all = telling(&bounds).unwrap_or_else(|| Self::draw(&slots, request, &split, &bounds, count));
-                return Ok(Self {
-                    all,
-                    random: request.data.is_none(),
-                    bound,
-                    other,
-                    unrunnable: None,
-                    ignored,
-                    drawn,
-                });
-            };
-            failures.push(why.to_string());
-            if matches!(why, Cannot::Unsound { .. }) {
-                break;
-            }
-        }
-        let unrunnable = failures.into_iter().next();
-        let bound = Self::likely_shapes(model, request);
-        Ok(Self { all: Vec::new(), random: true, bound, other: None, unrunnable, ignored, drawn })
+        Ok(Source::new(model, request)?.gather(model, false))
     }
 
-    /// Input shapes for a model that is not run: those of `request`, else open axes as large as lets shape inference see
-    /// the most.
+    /// Input shapes for a model that is not run: those of `request`, else open axes as long as lets shape inference see the most.
     #[must_use]
     pub fn likely_shapes(model: &Model, request: &Request) -> Bound {
         let slots = slots(&model.graph);
-        let shape = |slot: &Slot, open| (slot.name.clone(), slot.shape(request, 1, open));
-        let bound = |open: usize| slots.iter().map(|slot| shape(slot, open)).collect::<Bound>();
-        let candidates = OPEN_AXES.iter().map(|&open| {
-            let bound = bound(open);
-            (Shapes::infer(&model.graph, &bound).known_count(), bound)
-        });
-        // The first of the best: larger inputs are likelier to be real ones.
-        candidates.reduce(|best, next| if next.0 > best.0 { next } else { best }).map(|best| best.1).unwrap_or_default()
+        let (mut best, mut most) = (Bound::new(), None);
+        for lengths in OpenAxes::of(&slots, request).tries().iter().take(MAX_LIKELY) {
+            let bound = bound(&slots, request, 1, lengths);
+            let shapes = Shapes::infer(&model.graph, &bound);
+            // The first of the best: larger inputs are likelier to be real ones.
+            let rank = (shapes.is_possible(), work(&model.graph, &shapes) <= MAX_WORK, shapes.known_count());
+            if most.is_none_or(|most| rank > most) {
+                most = Some(rank);
+                best = bound;
+            }
+        }
+        best
     }
 
     /// Which shapes were taken for open axes, where there were any to choose.
@@ -302,37 +246,189 @@ impl Samples {
         };
         self.all.iter().enumerate().filter(|(i, _)| belongs(*i)).map(|(_, sample)| sample.clone()).collect()
     }
+}
+
+/// What samples are made of: the inputs to feed, and the values that are given for some of them.
+pub struct Source<'a> {
+    request: &'a Request,
+    slots: Vec<Slot>,
+    given: BTreeMap<String, Vec<Value>>,
+    /// How many samples the data gives.
+    given_count: usize,
+    /// Arrays that name no input.
+    pub ignored: Vec<String>,
+    /// Inputs that the data has no array for, nor the request a value.
+    pub drawn: Vec<String>,
+}
+
+impl<'a> Source<'a> {
+    /// Reads what `request` gives for the inputs of `model`.
+    ///
+    /// # Errors
+    ///
+    /// When that does not fit the inputs.
+    pub fn new(model: &Model, request: &'a Request) -> Result<Self, DataError> {
+        let slots = slots(&model.graph);
+        let names = || slots.iter().map(|slot| format!("`{}`", slot.name)).collect::<Vec<_>>().join(", ");
+        let known = |name: &str| slots.iter().any(|slot| slot.name == *name);
+        if let Some(name) = request.fixed.keys().chain(request.shapes.keys()).find(|name| !known(name)) {
+            return Err(DataError::NoSuchInput(name.clone(), names()));
+        }
+        check_shapes(&slots, request)?;
+        let Some(path) = &request.data else {
+            let (given, drawn) = (BTreeMap::new(), Vec::new());
+            return Ok(Self { request, slots, given, given_count: 0, ignored: Vec::new(), drawn });
+        };
+        let (arrays, ignored) = npz::read(path, &slots)?;
+        if arrays.is_empty() {
+            let found = ignored.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let found = if found.is_empty() { "no arrays".to_owned() } else { found };
+            return Err(DataError::NothingNamed { found, inputs: names() });
+        }
+        let (given, given_count) = npz::cut(&slots, arrays)?;
+        let drawn = slots.iter().filter(|slot| slot.is_drawn(request, &given)).map(|slot| slot.name.clone()).collect();
+        if given_count < 8 {
+            return Err(DataError::TooFew(given_count));
+        }
+        Ok(Self { request, slots, given, given_count, ignored, drawn })
+    }
+
+    /// Samples at shapes at which the engine runs `model`; `few` of them where a run takes long and they are drawn.
+    #[must_use]
+    pub fn gather(self, model: &Model, few: bool) -> Samples {
+        let open = OpenAxes::of(&self.slots, self.request);
+        let tries = open.tries();
+        let mut failures: Vec<String> = Vec::new();
+        // Shapes that take too long come last, the shortest first.
+        let mut late = Vec::new();
+        for (place, lengths) in tries.iter().enumerate() {
+            let bound = self.bound(1, lengths);
+            if tries.len() > 1 {
+                let shapes = Shapes::infer(&model.graph, &bound);
+                if !shapes.is_possible() {
+                    continue;
+                }
+                let work = work(&model.graph, &shapes);
+                if work > MAX_WORK {
+                    late.push((work, place));
+                    continue;
+                }
+            }
+            match self.try_shapes(model, (&open, lengths), few) {
+                Ok(samples) => return samples,
+                Err(why) => {
+                    let is_final = matches!(why, Cannot::Unsound { .. }) || failures.len() >= MAX_FAILURES;
+                    failures.push(why.to_string());
+                    // Where the lengths make no difference, others need not be tried.
+                    let alike = failures.len() > ALIKE_FAILURES && failures.windows(2).all(|pair| pair[0] == pair[1]);
+                    if is_final || alike {
+                        late.clear();
+                        break;
+                    }
+                }
+            }
+        }
+        late.sort_unstable();
+        for (_, place) in late.into_iter().take(MAX_LATE) {
+            match self.try_shapes(model, (&open, &tries[place]), few) {
+                Ok(samples) => return samples,
+                Err(why) => failures.push(why.to_string()),
+            }
+        }
+        let bound = Samples::likely_shapes(model, self.request);
+        let unrunnable = failures.into_iter().next();
+        let unrunnable = unrunnable.or_else(|| Some("no shapes of its inputs were found that it accepts".to_owned()));
+        let (ignored, drawn) = (self.ignored, self.drawn);
+        Samples { all: Vec::new(), random: true, bound, other: None, unrunnable, ignored, drawn }
+    }
+
+    /// The shapes of the inputs: of what is given, else with open axes of these lengths.
+    fn bound(&self, batch: usize, lengths: &[Vec<usize>]) -> Bound {
+        let mut bound = bound(&self.slots, self.request, batch, lengths);
+        for (name, values) in &self.given {
+            bound.insert(name.clone(), values.first().map(|value| value.dims.clone()).unwrap_or_default());
+        }
+        bound
+    }
+
+    /// Samples with open axes of these lengths, if the engine runs the model on them.
+    fn try_shapes(
+        &self,
+        model: &Model,
+        (open, lengths): (&OpenAxes, &[Vec<usize>]),
+        few: bool,
+    ) -> Result<Samples, Cannot> {
+        let engine = &self.request.engine;
+        let main = self.bound(1, lengths);
+        let is_random = self.request.data.is_none();
+        let count = if !is_random {
+            self.given_count
+        } else if few {
+            self.few(work(&model.graph, &Shapes::infer(&model.graph, &main)))
+        } else {
+            2 * RANDOM_SAMPLES
+        };
+        let runs = |bound: &Bound| {
+            engine.check_memory(model, bound, count)?;
+            let one = self.draw(std::slice::from_ref(bound), 1);
+            engine.prepare(model, one.first().ok_or(Cannot::NoSamples)?)
+        };
+        runs(&main)?;
+        let others = if is_random { open.others(&self.slots, self.request, lengths) } else { Vec::new() };
+        let limit = MAX_WORK.max(2 * work(&model.graph, &Shapes::infer(&model.graph, &main)));
+        let is_likely = |bound: &Bound| {
+            let shapes = Shapes::infer(&model.graph, bound);
+            shapes.is_possible() && work(&model.graph, &shapes) <= limit
+        };
+        let other = others.into_iter().filter(is_likely).find(|bound| runs(bound).is_ok());
+        let bounds: Vec<_> = std::iter::once(main.clone()).chain(other.clone()).collect();
+        let all = self.telling(model, &bounds, count).unwrap_or_else(|| self.draw(&bounds, count));
+        let (ignored, drawn) = (self.ignored.clone(), self.drawn.clone());
+        Ok(Samples { all, random: is_random, bound: main, other, unrunnable: None, ignored, drawn })
+    }
+
+    /// How many samples of a model that takes so much work are a few.
+    fn few(&self, work: u64) -> usize {
+        let least = if self.compares() { 2 * FEW_SAMPLES } else { FEW_SAMPLES };
+        let affordable = (FEW_WORK / work.max(1)).min(RANDOM_SAMPLES as u64) as usize;
+        2 * affordable.next_multiple_of(4).clamp(least, RANDOM_SAMPLES)
+    }
+
+    /// Whether inputs that are drawn are compared with numbers.
+    fn compares(&self) -> bool {
+        self.slots.iter().any(|slot| !slot.compared.is_empty() && slot.is_drawn(self.request, &self.given))
+    }
+
+    /// Samples some of which take the numbers that inputs are compared with, if the model runs on these.
+    fn telling(&self, model: &Model, bounds: &[Bound], count: usize) -> Option<Vec<Vec<Value>>> {
+        if !self.compares() {
+            return None;
+        }
+        let mut samples = self.draw(bounds, count);
+        self.take_compared(&mut samples);
+        let runs = |sample: &Vec<Value>| self.request.engine.prepare(model, sample).is_ok();
+        samples.iter().skip(COMPARED_PERIOD / 2).step_by(2).take(bounds.len()).all(runs).then_some(samples)
+    }
 
     /// Samples of the shapes of `bounds`, which take turns in pairs so that each part of the split has them all.
-    fn draw(
-        slots: &[Slot],
-        request: &Request,
-        given: &BTreeMap<String, Vec<Value>>,
-        bounds: &[Bound],
-        count: usize,
-    ) -> Vec<Vec<Value>> {
+    fn draw(&self, bounds: &[Bound], count: usize) -> Vec<Vec<Value>> {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
         let mut one = |slot: &Slot, i: usize| {
-            if let Some(values) = given.get(&slot.name) {
+            if let Some(values) = self.given.get(&slot.name) {
                 return values[i].clone();
             }
             let dims = &bounds[i / 2 % bounds.len()][&slot.name];
-            slot.random(dims, request.fixed.get(&slot.name).copied(), &mut random)
+            slot.random(dims, self.request.fixed.get(&slot.name).copied(), &mut random)
         };
-        (0..count).map(|i| slots.iter().map(|slot| one(slot, i)).collect()).collect()
+        (0..count).map(|i| self.slots.iter().map(|slot| one(slot, i)).collect()).collect()
     }
 
-    /// Gives every second four of `samples` the numbers that what is drawn is compared with, so that both arms of what
-    /// depends on it are run.
-    fn take_compared(
-        slots: &[Slot],
-        request: &Request,
-        given: &BTreeMap<String, Vec<Value>>,
-        samples: &mut [Vec<Value>],
-    ) {
+    /// Gives every second four of `samples` the numbers that what is drawn is compared with, so that both arms of what depends on it are
+    /// run.
+    fn take_compared(&self, samples: &mut [Vec<Value>]) {
         for (i, sample) in samples.iter_mut().enumerate().filter(|(i, _)| i % COMPARED_PERIOD >= COMPARED_PERIOD / 2) {
-            let compared = |slot: &&Slot| !slot.compared.is_empty() && slot.is_drawn(request, given);
-            for (value, slot) in sample.iter_mut().zip(slots).filter(|(_, slot)| compared(slot)) {
+            let compared = |slot: &&Slot| !slot.compared.is_empty() && slot.is_drawn(self.request, &self.given);
+            for (value, slot) in sample.iter_mut().zip(&self.slots).filter(|(_, slot)| compared(slot)) {
                 value.values.fill(slot.compared[i / COMPARED_PERIOD % slot.compared.len()]);
             }
         }
@@ -345,21 +441,15 @@ impl Slot {
         !given.contains_key(&self.name) && !request.fixed.contains_key(&self.name)
     }
 
-    /// The shape that `request` gives, else the declared one with its open axes of these extents.
-    fn shape(&self, request: &Request, batch: usize, open: usize) -> Vec<usize> {
+    /// The shape that `request` gives, else the declared one with open axes of these lengths.
+    fn shape(&self, request: &Request, batch: usize, lengths: &[usize]) -> Vec<usize> {
         if let Some(dims) = request.shapes.get(&self.name) {
             return dims.clone();
         }
         let dims = self.fact.extents().unwrap_or_default();
         let extent =
-            |(i, d): (usize, &Option<usize>)| d.unwrap_or(if self.batches.contains(&i) { batch } else { open });
+            |(i, d): (usize, &Option<usize>)| d.unwrap_or(if self.batches.contains(&i) { batch } else { lengths[i] });
         dims.iter().enumerate().map(extent).collect()
-    }
-
-    /// How many axes beyond the batch are open.
-    fn open_axes(&self) -> usize {
-        let dims = self.fact.extents().unwrap_or_default();
-        dims.iter().enumerate().filter(|(i, d)| d.is_none() && !self.batches.contains(i)).count()
     }
 
     fn random(&self, dims: &[usize], fixed: Option<f64>, random: &mut impl Rng) -> Value {
@@ -387,7 +477,14 @@ fn slots(graph: &Graph) -> Vec<Slot> {
         let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
         let batches = batches.collect();
         let compared = compared(graph, input.node.out());
-        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), batches, below, compared }
+        Slot {
+            name: input.info.name().to_owned(),
+            fact: Fact::declared(&input.info),
+            axes: names,
+            batches,
+            below,
+            compared,
+        }
     };
     graph.fed_inputs().map(slot).collect()
 }
@@ -403,51 +500,6 @@ fn check_shapes(slots: &[Slot], request: &Request) -> Result<(), DataError> {
         }
     }
     Ok(())
-}
-
-/// Sizes of the open axes beyond the batch to try, one for each of `slots`: the same for all, then all mixtures.
-fn open_sizes(slots: &[Slot], request: &Request) -> Vec<Vec<usize>> {
-    let is_open =
-        |slot: &Slot| (slot.fact.dims.is_none() || slot.open_axes() > 0) && !request.shapes.contains_key(&slot.name);
-    let open: Vec<_> = (0..slots.len()).filter(|&i| is_open(&slots[i])).collect();
-    if open.is_empty() {
-        return vec![vec![1; slots.len()]];
-    }
-    let mut tries: Vec<Vec<usize>> = OPEN_AXES.iter().map(|&size| vec![size; slots.len()]).collect();
-    for number in 0..OPEN_AXES.len().saturating_pow(open.len() as u32).min(MAX_MIXTURES) {
-        let mut sizes = vec![OPEN_AXES[0]; slots.len()];
-        let mut rest = number;
-        for &i in open.iter().rev() {
-            sizes[i] = OPEN_AXES[rest % OPEN_AXES.len()];
-            rest /= OPEN_AXES.len();
-        }
-        if !tries.contains(&sizes) {
-            tries.push(sizes);
-        }
-    }
-    tries
-}
-
-/// Shapes to try besides those of `sizes`: a batch of 2, and other sizes of open axes. One open axis doubles; where there
-/// are more, which multiply, they shrink.
-fn other_shapes(slots: &[Slot], request: &Request, sizes: &[usize]) -> Vec<Bound> {
-    let other = |size: usize, slot: &Slot| match slot.open_axes() {
-        0 => size,
-        1 => size * 2,
-        _ => (size * 3 / 4).next_multiple_of(32).min(size),
-    };
-    let bound = |batch: usize, grows: bool| -> Bound {
-        let shape = |(slot, &size): (&Slot, &usize)| {
-            let size = if grows { other(size, slot) } else { size };
-            (slot.name.clone(), slot.shape(request, batch, size))
-        };
-        slots.iter().zip(sizes).map(shape).collect()
-    };
-    let main = bound(1, false);
-    let mut bounds: Vec<_> = [(2, true), (1, true), (2, false)].map(|(batch, grows)| bound(batch, grows)).into();
-    bounds.retain(|bound| *bound != main);
-    bounds.dedup();
-    bounds
 }
 
 /// The names of the open axes of an input; empty for the others.
@@ -466,7 +518,7 @@ fn axis_names(info: &ValueInfoProto) -> Vec<String> {
 const HANDING_ON: &[&str] = &["Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"];
 
 /// The extent of the smallest table that `value` is an index into.
-fn table(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<usize> {
+pub(super) fn table(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<usize> {
     let indexed = graph.uses(value).into_iter().filter_map(|(node, inlet)| match inlet {
         Inlet::Slot(1) => {
             let op = graph.op_of(node, "Gather")?;

@@ -1,25 +1,62 @@
-//! Comparing only what changed, each region on its own: the proof for models that the engine can't run as a whole.
+//! Comparing only what changed, region by region: the proof for models that the engine can't run as a whole, and for those that it need
+//! not run.
 //!
-//! Nodes that stand in both graphs with the same attributes and operands compute the same. What is left are regions; each
-//! is run on random values of the types and shapes of what it reads, in the old and in the new form.
+//! The values of both graphs fall into [classes](classes) of equal ones: the same inputs, the same constants, and the same operators on
+//! operands of the same classes. A value of the new graph that is called like one of the old graph and is in no class of that is the end
+//! of a region that changed. Its old and its new form are cut at values that both graphs have, and run on random inputs of the types and
+//! shapes of these; where they agree, the value is in the old one's class, and what comes after it may be equal again. Where nothing
+//! can be proven, the old form takes the place of the new one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod classes;
+mod feeds;
 
-use super::{Cannot, Difference, Engine, Reference, Value};
-use crate::{
-    analysis::shapes::{Dim, Fact, Shapes, Term},
-    codec::Model,
-    ir::{DType, Graph, Kind, NodeId, Outlet},
-    linalg::normal,
-    verify::Bound,
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
 };
-use rand_core::{Rng, SeedableRng};
-use rand_xoshiro::Xoshiro256PlusPlus;
+
+use self::{
+    classes::{Classes, Cut, Outer},
+    feeds::Feeds,
+};
+use super::{Bound, Cannot, Difference, Engine, ROUNDING_BUDGET, Reference, Value};
+use crate::{
+    analysis::shapes::{Fact, Shapes},
+    codec::Model,
+    ir::{DType, Graph, Kind, NodeId, Outlet, Tensor, Weight, tensor::is_float},
+};
 
 /// Random inputs for each region.
 const RUNS: usize = 4;
-/// Random integers lie below this: they may be indices or extents.
-const INTEGERS_BELOW: u64 = 4;
+
+/// What is done where a region can't be proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Policy {
+    /// The first one is an error.
+    Refuse,
+    /// The old form takes the place of the new one.
+    Undo,
+}
+
+/// A change that was taken back, and why.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Undone {
+    /// The value that the region makes.
+    pub value: String,
+    /// Why it was not proven.
+    pub why: String,
+}
+
+/// What is known of two models that were compared region by region.
+#[derive(Clone, Debug, Default)]
+pub struct Proof {
+    /// How the regions that were run differ.
+    pub difference: Difference,
+    /// How many regions were run.
+    pub regions: usize,
+    /// The changes that were taken back.
+    pub undone: Vec<Undone>,
+}
 
 /// Compares the regions in which `b` differs from `a`, at the input shapes of `bound`.
 ///
@@ -27,13 +64,78 @@ const INTEGERS_BELOW: u64 = 4;
 ///
 /// When the engine can't run a region that changed.
 pub fn compare_regions(engine: &Engine, a: &Model, b: &Model, bound: &Bound) -> Result<Difference, Cannot> {
+    let mut b = b.clone();
+    prove(engine, a, &mut b, bound, Policy::Refuse).map(|proof| proof.difference)
+}
+
+/// As [`compare_regions`], but takes back in `b` what can't be proven to compute the same.
+///
+/// # Errors
+///
+/// When the models differ in more than what they compute.
+pub fn prove_regions(engine: &Engine, a: &Model, b: &mut Model, bound: &Bound) -> Result<Proof, Cannot> {
+    prove(engine, a, b, bound, Policy::Undo)
+}
+
+/// Whether both models are the same but for names, copies of values, and operators and constants that were merged, moved or left out.
+#[must_use]
+pub fn are_alike(a: &Model, b: &Model) -> bool {
+    if other_interface(a, b).is_some() {
+        return false;
+    }
+    are_graphs_alike(&plain(a), &plain(b), [Captured::new(), Captured::new()])
+}
+
+fn are_graphs_alike(a: &Graph, b: &Graph, [captured_a, captured_b]: [Captured; 2]) -> bool {
+    let mut classes = Classes::new(&settled(a, &captured_a), captured_a);
+    classes.bind(captured_b);
+    for id in b.order() {
+        let equal = classes.same_but_for_bodies(a, b, id).is_some_and(|was| {
+            let captured =
+                [classes.outer(a, was, &|v| classes.of_old(v)), classes.outer(b, id, &|v| classes.of_new(v))];
+            let bodies = |graph: &Graph, id: NodeId| graph.op(id).map(|op| op.bodies.clone()).unwrap_or_default();
+            let mut pairs = bodies(a, was).into_iter().zip(bodies(b, id));
+            pairs.all(|(old, new)| are_graphs_alike(&old.graph, &new.graph, captured.clone()))
+        });
+        classes.number(a, b, id, equal);
+    }
+    a.outputs().iter().zip(b.outputs()).all(|(x, y)| classes.are_equal(x.value, y.value))
+}
+
+/// `graph` with captured values that are constants as constants.
+fn settled<'a>(graph: &'a Graph, captured: &Captured) -> Cow<'a, Graph> {
+    let constant = |id: NodeId| match graph.kind(id) {
+        Kind::Capture(number) => Some((id, captured.get(number)?.constant()?.clone())),
+        _ => None,
+    };
+    let constants: Vec<_> = graph.node_ids().filter_map(constant).collect();
+    if constants.is_empty() {
+        return Cow::Borrowed(graph);
+    }
+    let mut graph = graph.clone();
+    constants.into_iter().for_each(|(id, tensor)| graph.settle(id, Weight::dense(tensor)));
+    Cow::Owned(graph)
+}
+
+fn plain(model: &Model) -> Graph {
+    let mut graph = model.graph.clone();
+    graph.unlist_default_values();
+    graph
+}
+
+fn prove(engine: &Engine, a: &Model, b: &mut Model, bound: &Bound, policy: Policy) -> Result<Proof, Cannot> {
     if let Some(what) = other_interface(a, b) {
         return Err(Cannot::Interface(what));
     }
-    let shapes = Shapes::infer(&a.graph, bound);
-    let mut difference = Difference { samples: RUNS, ..Difference::default() };
-    compare_graphs((engine, a), (&a.graph, &shapes), &b.graph, &mut difference)?;
-    Ok(difference)
+    let old = plain(a);
+    let shapes = Shapes::infer(&old, bound);
+    let mut prover = Prover { engine, model: a, policy, proof: Proof::default() };
+    prover.proof.difference.samples = RUNS;
+    let mut new = std::mem::take(&mut b.graph);
+    let proven = prover.graph(&old, &mut new, &shapes, [Captured::new(), Captured::new()]);
+    b.graph = new;
+    proven?;
+    Ok(prover.proof)
 }
 
 /// What two models differ in that no region shows.
@@ -51,253 +153,263 @@ fn other_interface(a: &Model, b: &Model) -> Option<&'static str> {
     }
 }
 
-fn compare_graphs(
-    from: (&Engine, &Model),
-    (a, shapes): (&Graph, &Shapes),
-    b: &Graph,
-    difference: &mut Difference,
-) -> Result<(), Cannot> {
-    let old = Old::new(a);
-    let twins: BTreeMap<NodeId, NodeId> = b.ops().into_iter().filter_map(|id| Some((id, twin(&old, b, id)?))).collect();
-    let kept: BTreeSet<NodeId> = twins.values().copied().collect();
-    // Values that unchanged nodes or the outputs read, and that a changed node makes in either graph.
-    let mut wanted: BTreeMap<Outlet, Outlet> = BTreeMap::new();
-    let mut want = |x: Outlet, y: Outlet| {
-        let (x, y) = (old.canonical(x), source(b, y));
-        let settled = is_source(a, x) && is_source(b, y) && old.is_same(x, b, y)
-            || twins.get(&y.node) == Some(&x.node) && x.slot == y.slot;
-        if !settled {
-            wanted.insert(x, y);
-        }
-    };
-    for (y, x) in &twins {
-        for (x, y) in a.operands(*x).into_iter().zip(b.operands(*y)) {
-            if let (Some(x), Some(y)) = (x, y) {
-                want(x, y);
-            }
-        }
-        for (x, y) in captured(a, *x, b, *y) {
-            want(x, y);
-        }
-    }
-    for (x, y) in a.outputs().iter().zip(b.outputs()) {
-        want(x.value, y.value);
-    }
-    for (&x, &y) in &wanted {
-        compare_values(from, (&old, shapes, x), (b, y), &kept, difference)?;
-    }
-    for (y, x) in twins {
-        let (Some(was), Some(is)) = (a.op(x), b.op(y)) else { continue };
-        for (old, new) in was.bodies.iter().zip(&is.bodies) {
-            let inside = shapes.inside(a, x, &old.graph);
-            compare_graphs(from, (&old.graph, &inside), &new.graph, difference)?;
-        }
-    }
-    Ok(())
+/// What came of comparing a region.
+enum Verdict {
+    Equal,
+    /// They compute something else, by so much.
+    Different(f64),
+    Unknown(Cannot),
 }
 
-/// Whether `value` is not computed: an input, a captured value, or a constant.
-fn is_source(graph: &Graph, value: Outlet) -> bool {
-    graph.op(value.node).is_none()
+/// The captured values of a body by number: their classes in the graph around it, and the tensors of those that are constants.
+type Captured = BTreeMap<u32, Outer>;
+
+struct Prover<'a> {
+    engine: &'a Engine,
+    model: &'a Model,
+    policy: Policy,
+    proof: Proof,
 }
 
-/// The old graph, and for each of its values the first that is the same: copies, and results of equal operators on equal
-/// operands, are one value.
-struct Old<'a> {
-    graph: &'a Graph,
-    names: BTreeMap<&'a str, Outlet>,
-    first: BTreeMap<Outlet, Outlet>,
-}
-
-impl<'a> Old<'a> {
-    fn new(graph: &'a Graph) -> Self {
-        let mut old = Self { graph, names: graph.values(), first: BTreeMap::new() };
-        let mut seen: HashMap<(Vec<u8>, Vec<Option<Outlet>>), NodeId> = HashMap::new();
-        for id in graph.order() {
-            let operands: Vec<_> = graph.operands(id).into_iter().map(|v| v.map(|v| old.canonical(v))).collect();
-            if graph.op_of(id, "Identity").is_some()
-                && let [Some(source)] = operands[..]
-            {
-                old.first.insert(id.out(), source);
+impl Prover<'_> {
+    /// Has each output of `b` be in the class of that of `a`, by proof or by taking changes back. Whether all are.
+    fn graph(
+        &mut self,
+        a: &Graph,
+        b: &mut Graph,
+        shapes: &Shapes,
+        [captured_a, captured_b]: [Captured; 2],
+    ) -> Result<bool, Cannot> {
+        let a = &*settled(a, &captured_a);
+        let mut classes = Classes::new(a, captured_a);
+        classes.bind(captured_b.clone());
+        let names = a.values();
+        for id in b.order() {
+            if !b.contains(id) {
                 continue;
             }
-            let key = match graph.kind(id) {
-                Kind::Const(constant) => constant.weight.value().hash().to_le_bytes().to_vec(),
-                Kind::Op(op) => match op.signature() {
-                    Some(signature) => signature,
-                    None => continue,
-                },
-                _ => continue,
-            };
-            let twin = *seen.entry((key, operands)).or_insert(id);
-            let same = match (graph.kind(twin), graph.kind(id)) {
-                (Kind::Const(p), Kind::Const(q)) => p.weight.value().same(q.weight.value()),
-                (Kind::Op(_), Kind::Op(_)) => graph.output_count(twin) == graph.output_count(id),
-                _ => false,
-            };
-            if same {
-                old.first.extend((0..graph.output_count(id)).map(|slot| (id.at(slot), twin.at(slot))));
+            if let Some(was) = classes.same_but_for_bodies(a, b, id) {
+                let equal = self.bodies(a, was, b, id, (shapes, &classes))?;
+                classes.number(a, b, id, equal);
+            } else {
+                classes.number(a, b, id, false);
+            }
+            for slot in 0..b.output_count(id) {
+                let y = id.at(slot);
+                let Some(&x) = names.get(b.name(y)).filter(|_| b.contains(id) && !b.name(y).is_empty()) else {
+                    continue;
+                };
+                if classes.are_equal(x, y) || !is_computed(a, x) && !is_computed(b, y) {
+                    continue;
+                }
+                self.settle((a, shapes), (b, &captured_b), (x, y), &mut classes)?;
             }
         }
-        old
+        let mut all = true;
+        for place in 0..a.outputs().len().min(b.outputs().len()) {
+            let (x, y) = (a.outputs()[place].value, b.outputs()[place].value);
+            if !classes.are_equal(x, y) {
+                let why = Cannot::Region { value: a.name(x).to_owned(), why: "it computes something else".to_owned() };
+                all &= self.undo(a, b, (x, y), &mut classes, &why);
+            }
+        }
+        Ok(all)
     }
 
-    fn canonical(&self, value: Outlet) -> Outlet {
-        self.first.get(&value).copied().unwrap_or(value)
+    /// Puts `y` into the class of `x`, of the same name, if both are proven equal, or the old form is put in its place.
+    fn settle(
+        &mut self,
+        (a, shapes): (&Graph, &Shapes),
+        (b, captured): (&mut Graph, &Captured),
+        (x, y): (Outlet, Outlet),
+        classes: &mut Classes,
+    ) -> Result<(), Cannot> {
+        /// What is off by less computes the same, if not as exactly.
+        const CLOSE: f64 = 1e-2;
+        match self.compare((a, shapes), &settled(b, captured), (x, y), classes) {
+            Verdict::Equal => classes.unite(x, y),
+            Verdict::Unknown(why) => {
+                if self.policy == Policy::Refuse {
+                    return Err(why);
+                }
+                self.undo(a, b, (x, y), classes, &why);
+            }
+            // What has its name may be something else, such as the same in another order of axes.
+            Verdict::Different(by) => {
+                let is_output = b.is_output(y);
+                if self.policy == Policy::Refuse {
+                    if is_output || by <= CLOSE {
+                        self.note(by);
+                        classes.unite(x, y);
+                    }
+                } else if is_output || by <= CLOSE {
+                    let why = format!("old and new form differ by {by:.1e} where {ROUNDING_BUDGET:.0e} is rounding");
+                    let why = Cannot::Region { value: a.name(x).to_owned(), why };
+                    self.undo(a, b, (x, y), classes, &why);
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// The old value that `value` of the new graph is, by name.
-    fn of(&self, new: &Graph, value: Outlet) -> Option<Outlet> {
-        self.names.get(new.name(value)).map(|&value| self.canonical(value))
+    fn note(&mut self, rounding: f64) {
+        let difference = &mut self.proof.difference;
+        difference.rounding = super::max(difference.rounding, rounding);
+        difference.error = super::max(difference.error, rounding);
     }
 
-    /// Whether an operand of each graph is the same value: constants by content, others by name.
-    fn is_same(&self, x: Outlet, new: &Graph, y: Outlet) -> bool {
-        let (x, y) = (self.canonical(x), source(new, y));
-        match (self.graph.kind(x.node), new.kind(y.node)) {
-            (Kind::Const(p), Kind::Const(q)) => p.weight.value().same(q.weight.value()),
-            (Kind::Sparse(p), Kind::Sparse(q)) => p == q,
-            // What is computed in one graph may be a constant in the other, which is then compared as a region.
-            (Kind::Const(_) | Kind::Op(_), Kind::Const(_) | Kind::Op(_))
-            | (Kind::Input, Kind::Input)
-            | (Kind::Capture(_), Kind::Capture(_)) => self.of(new, y) == Some(x),
-            _ => false,
+    /// Has whatever reads `y` of the new graph read what computes `x` in the old one. Whether that can be done.
+    fn undo(
+        &mut self,
+        a: &Graph,
+        b: &mut Graph,
+        (x, y): (Outlet, Outlet),
+        classes: &mut Classes,
+        why: &Cannot,
+    ) -> bool {
+        let mut known = classes.shared(b, (x, y));
+        let before = known.clone();
+        let Some(copy) = b.graft(a, x, &mut known, y.node) else { return false };
+        for (&old, &new) in known.iter().filter(|(old, _)| !before.contains_key(old)) {
+            classes.adopt(old, new);
+        }
+        b.forget_info(y);
+        b.replace_uses(y, copy);
+        b.sweep(y.node);
+        self.proof.undone.push(Undone { value: a.name(x).to_owned(), why: why.to_string() });
+        true
+    }
+
+    /// Runs both forms of a region, once more cut further back where they differ, since values that depend on each other were drawn
+    /// apart.
+    fn compare(
+        &mut self,
+        (a, shapes): (&Graph, &Shapes),
+        b: &Graph,
+        (x, y): (Outlet, Outlet),
+        classes: &Classes,
+    ) -> Verdict {
+        let is_known = |value: Outlet| fact(a, shapes, value).is_some();
+        let mut verdict = Verdict::Unknown(Cannot::NoSamples);
+        let mut last = None;
+        for apart in [true, false] {
+            let cut = classes.cut((a, x), (b, y), apart, &is_known);
+            if last.as_ref() == Some(&cut) {
+                continue;
+            }
+            verdict = match self.run((a, shapes, x), (b, y), &cut) {
+                Ok(rounding) if rounding <= ROUNDING_BUDGET => {
+                    self.note(rounding);
+                    return Verdict::Equal;
+                }
+                Ok(rounding) => Verdict::Different(rounding),
+                Err(why) => Verdict::Unknown(why),
+            };
+            last = Some(cut);
+        }
+        match verdict {
+            Verdict::Unknown(Cannot::NoSamples) => {
+                let why = "old and new form read nothing in common whose type and shape are known".to_owned();
+                Verdict::Unknown(Cannot::Region { value: a.name(x).to_owned(), why })
+            }
+            verdict => verdict,
         }
     }
-}
 
-/// `value`, or what it is a mere copy of.
-fn source(graph: &Graph, mut value: Outlet) -> Outlet {
-    while graph.op_of(value.node, "Identity").is_some()
-        && let Some(from) = graph.operand(value.node, 0)
-    {
-        value = from;
-    }
-    value
-}
-
-/// The node of `a` that is `node` of `b`: same operator, attributes, operands and results.
-fn twin(old: &Old<'_>, b: &Graph, node: NodeId) -> Option<NodeId> {
-    let a = old.graph;
-    let other = old.of(b, node.out())?.node;
-    let (from, to) = (a.op(other)?, b.op(node)?);
-    let (x, y) = (a.operands(other), b.operands(node));
-    let same_operands = x.len() == y.len()
-        && x.into_iter().zip(y).all(|(x, y)| match (x, y) {
-            (Some(x), Some(y)) => old.is_same(x, b, y),
-            (x, y) => x.is_none() && y.is_none(),
-        });
-    let same_bodies = from.bodies.len() == to.bodies.len()
-        && from.bodies.iter().zip(&to.bodies).all(|(x, y)| {
-            x.attribute == y.attribute
-                && x.graph.inputs().len() == y.graph.inputs().len()
-                && x.graph.outputs().len() == y.graph.outputs().len()
-        });
-    let same = same_operands
-        && same_bodies
-        && from.attributes() == to.attributes()
-        && (from.op_type(), from.domain()) == (to.op_type(), to.domain())
-        && a.output_count(other) == b.output_count(node)
-        && (0..a.output_count(other)).all(|slot| match b.name(node.at(slot)) {
-            "" => a.name(other.at(slot)).is_empty(),
-            _ => old.of(b, node.at(slot)) == Some(other.at(slot)),
-        });
-    same.then_some(other)
-}
-
-/// The values that the bodies of a node and of its twin capture under one number.
-fn captured(a: &Graph, x: NodeId, b: &Graph, y: NodeId) -> Vec<(Outlet, Outlet)> {
-    let theirs = b.captures(y);
-    a.captures(x).into_iter().filter_map(|(i, value)| Some((value, *theirs.get(&i)?))).collect()
-}
-
-/// Computes one value in both graphs from what its region reads there, and compares.
-fn compare_values(
-    (engine, model): (&Engine, &Model),
-    (old, shapes, x): (&Old<'_>, &Shapes, Outlet),
-    (b, y): (&Graph, Outlet),
-    kept: &BTreeSet<NodeId>,
-    difference: &mut Difference,
-) -> Result<(), Cannot> {
-    let a = old.graph;
-    let region = |why: String| Cannot::Region { value: a.name(x).to_owned(), why };
-    let mut feeds = Feeds { random: Xoshiro256PlusPlus::seed_from_u64(0x5eed), drawn: BTreeMap::new() };
-    let (mut inputs_a, mut samples_a) = (Vec::new(), vec![Vec::new(); RUNS]);
-    for value in reads(old, x, kept) {
-        let fact = shapes.fact(value).cloned().unwrap_or_default();
-        // Any shape that both forms accept will do: an open extent may as well be 1.
-        let declared = a.info(a.name(value)).map(Fact::declared).unwrap_or_default();
-        let dims = fact.extents().or_else(|| declared.extents());
-        let dims = dims.map(|dims| dims.iter().map(|d| d.unwrap_or(1)).collect::<Vec<_>>());
-        let (Some(dtype), Some(dims)) = (fact.dtype, dims) else {
-            return Err(region(format!("the shape of `{}` before it is not known", a.name(value))));
-        };
-        let known = fact.ints.as_deref().unwrap_or_default();
-        for (sample, value) in samples_a.iter_mut().zip(feeds.of(old.canonical(value), dtype, &dims, known)) {
-            sample.push(value.clone());
+    /// Computes one value in both graphs from random values at a cut, and says by how much they differ.
+    fn run(
+        &mut self,
+        (a, shapes, x): (&Graph, &Shapes, Outlet),
+        (b, y): (&Graph, Outlet),
+        cut: &Cut,
+    ) -> Result<f64, Cannot> {
+        self.proof.regions += 1;
+        let region = |why: String| Cannot::Region { value: a.name(x).to_owned(), why };
+        let mut feeds = Feeds::default();
+        let (mut inputs_a, mut samples_a) = (Vec::new(), vec![Vec::new(); RUNS]);
+        let mut settled = BTreeMap::new();
+        for &(class, value) in &cut.old {
+            let Some((dtype, dims, known)) = fact(a, shapes, value) else {
+                return Err(region(format!("the type and shape of `{}` before it are not known", a.name(value))));
+            };
+            let drawn = feeds.of(class, (dtype, &dims), &known, super::data::table(a, shapes, value));
+            // Engines need to know what sets shapes.
+            let all: Option<Vec<_>> = known.iter().copied().collect();
+            let all = all.filter(|all| !is_float(dtype) && all.len() == dims.iter().product::<usize>());
+            if let Some(tensor) = all.and_then(|all| Tensor::integers(dtype, &dims, &all)) {
+                settled.insert(class, tensor);
+            }
+            inputs_a.push((class, value, dtype, dims));
+            samples_a.iter_mut().zip(drawn).for_each(|(sample, value)| sample.push(value.clone()));
         }
-        inputs_a.push((value, dtype, dims));
-    }
-    // What the new form no longer reads is fed to the old one alone; it must not matter.
-    let (mut inputs_b, mut samples_b) = (Vec::new(), vec![Vec::new(); RUNS]);
-    for value in b.values().into_values() {
-        let Some((drawn, dtype)) = old.of(b, value).and_then(|twin| feeds.drawn.get(&twin)) else { continue };
-        if value != y {
-            inputs_b.push((value, *dtype, drawn[0].dims.clone()));
+        let (mut inputs_b, mut samples_b) = (Vec::new(), vec![Vec::new(); RUNS]);
+        for &(class, value) in &cut.new {
+            let Some((dtype, drawn)) = feeds.drawn(class) else {
+                return Err(region(format!("it reads `{}`, which the old form does not", b.name(value))));
+            };
+            inputs_b.push((class, value, dtype, drawn[0].dims.clone()));
             samples_b.iter_mut().zip(drawn).for_each(|(sample, value)| sample.push(value.clone()));
         }
-    }
-    let cut = |graph: &Graph, inputs: &[_], output| {
-        graph.extract(inputs, &[output]).ok_or_else(|| region("it can't be cut out".to_owned()))
-    };
-    let (before, after) = (cut(a, &inputs_a, x)?, cut(b, &inputs_b, y)?);
-    let at = |cannot: Cannot| region(cannot.to_string());
-    let reference = Reference::new(engine, &model.with_graph(before), samples_a).map_err(at)?;
-    let found = reference.compare_on(&model.with_graph(after), &samples_b, f64::INFINITY).map_err(at)?;
-    difference.rounding = super::max(difference.rounding, found.rounding);
-    difference.error = super::max(difference.error, found.error);
-    Ok(())
-}
-
-/// The values that the region which makes `x` reads: those of unchanged nodes, inputs and captures.
-fn reads(old: &Old<'_>, x: Outlet, kept: &BTreeSet<NodeId>) -> BTreeSet<Outlet> {
-    let graph = old.graph;
-    let (mut reads, mut seen, mut stack) = (BTreeSet::new(), BTreeSet::new(), vec![x]);
-    while let Some(value) = stack.pop() {
-        let constant = matches!(graph.kind(value.node), Kind::Const(_) | Kind::Sparse(_));
-        let unchanged = kept.contains(&old.canonical(value).node) || is_source(graph, value);
-        if value != x && unchanged && !constant {
-            reads.insert(value);
-        } else if !constant && seen.insert(value.node) {
-            stack.extend(graph.operands(value.node).into_iter().flatten());
-            stack.extend(graph.captures(value.node).into_values());
-        }
-    }
-    reads
-}
-
-/// Random values for what regions read; equal values are fed the same.
-struct Feeds {
-    random: Xoshiro256PlusPlus,
-    drawn: BTreeMap<Outlet, (Vec<Value>, DType)>,
-}
-
-impl Feeds {
-    /// Values of this type and shape; integers that are `known`, as extents are, are what they always are.
-    fn of(&mut self, value: Outlet, dtype: DType, dims: &[usize], known: &[Dim]) -> &[Value] {
-        let random = &mut self.random;
-        let entry = self.drawn.entry(value).or_insert_with(|| {
-            let is_float = crate::ir::tensor::is_float(dtype);
-            let mut draw = || if is_float { normal(random) } else { (random.next_u64() % INTEGERS_BELOW) as f64 };
-            let count: usize = dims.iter().product();
-            let known = |i: usize| known.get(i).copied().flatten().and_then(Term::known);
-            let mut element = |i: usize| {
-                let drawn = draw();
-                known(i).map_or(drawn, |known| known as f64)
+        let extract =
+            |graph: &Graph, inputs: &[(usize, Outlet, DType, Vec<usize>)], samples: &mut [Vec<Value>], output| {
+                let cut: Vec<_> = inputs.iter().map(|(_, value, dtype, dims)| (*value, *dtype, dims.clone())).collect();
+                let part = graph.extract(&cut, &[output]);
+                let mut part =
+                    part.ok_or_else(|| region("it depends on an input whose type or shape is not known".to_owned()))?;
+                for (place, (class, ..)) in inputs.iter().enumerate().rev() {
+                    if let Some(tensor) = settled.get(class) {
+                        part.settle_input(place, Weight::dense(tensor.clone()));
+                        samples.iter_mut().for_each(|sample| _ = sample.remove(place));
+                    }
+                }
+                Ok(part)
             };
-            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(&mut element).collect(), is_float };
-            ((0..RUNS).map(|_| one()).collect(), dtype)
-        });
-        &entry.0
+        let before = extract(a, &inputs_a, &mut samples_a, x)?;
+        let after = extract(b, &inputs_b, &mut samples_b, y)?;
+        let at = |cannot: Cannot| region(cannot.to_string());
+        let reference = Reference::new(self.engine, &self.model.with_graph(before), samples_a).map_err(at)?;
+        let found = reference.compare_on(&self.model.with_graph(after), &samples_b, f64::INFINITY).map_err(at)?;
+        Ok(found.rounding)
     }
+
+    /// Whether the bodies of an operator and of what it was compute the same, by proof or by taking changes back.
+    fn bodies(
+        &mut self,
+        a: &Graph,
+        was: NodeId,
+        b: &mut Graph,
+        is: NodeId,
+        (shapes, classes): (&Shapes, &Classes),
+    ) -> Result<bool, Cannot> {
+        let Some(old) = a.op(was).map(|op| &op.bodies) else { return Ok(false) };
+        let captured_a = classes.outer(a, was, &|value| classes.of_old(value));
+        let captured_b = classes.outer(b, is, &|value| classes.of_new(value));
+        let mut all = true;
+        for (place, body) in old.iter().enumerate() {
+            let Some(slot) = b.bodies_mut(is).get_mut(place) else { return Ok(false) };
+            let mut new = std::mem::take(&mut slot.graph);
+            let inside = shapes.inside(a, was, &body.graph);
+            let proven = self.graph(&body.graph, &mut new, &inside, [captured_a.clone(), captured_b.clone()]);
+            if let Some(slot) = b.bodies_mut(is).get_mut(place) {
+                slot.graph = new;
+            }
+            all &= proven?;
+        }
+        Ok(all)
+    }
+}
+
+fn is_computed(graph: &Graph, value: Outlet) -> bool {
+    matches!(graph.kind(value.node), Kind::Op(_))
+}
+
+/// The type and shape of a value of the old graph, and the elements that are known of one that is small: any shape that both forms accept
+/// will do, so an open extent may as well be 1.
+fn fact(a: &Graph, shapes: &Shapes, value: Outlet) -> Option<(DType, Vec<usize>, Vec<Option<i64>>)> {
+    let fact = shapes.fact(value).cloned().unwrap_or_default();
+    let declared = a.info(a.name(value)).map(Fact::declared).unwrap_or_default();
+    let dims = fact.extents().or_else(|| declared.extents())?;
+    let known = fact.ints.as_deref().unwrap_or_default().iter();
+    let known = known.map(|term| term.and_then(crate::analysis::shapes::Term::known)).collect();
+    Some((fact.dtype.or(declared.dtype)?, dims.iter().map(|extent| extent.unwrap_or(1)).collect(), known))
 }

@@ -99,11 +99,14 @@ pub(super) fn cut(
             return Err(DataError::WrongShape { name, found: array.dims, wanted });
         }
         let is_float = slot.fact.dtype.is_some_and(crate::ir::tensor::is_float);
-        let size = dims.iter().product::<usize>().max(1);
-        let value = |chunk: &[f64]| Value { dims: dims.clone(), values: chunk.to_vec(), is_float };
-        let values: Vec<_> = array.values.chunks_exact(size).map(value).collect();
+        let size = dims.iter().product::<usize>();
+        // An axis may be of length 0, as that of an empty cache is.
+        let count = array.dims.first().map_or(1, |&first| first / group);
+        let value =
+            |i: usize| Value { dims: dims.clone(), values: array.values[i * size..(i + 1) * size].to_vec(), is_float };
+        let values: Vec<_> = (0..count).map(value).collect();
         if let Some(i) = array.values.iter().position(|value| value.is_nan()) {
-            return Err(DataError::NotANumber { name, sample: i / size });
+            return Err(DataError::NotANumber { name, sample: i / size.max(1) });
         }
         if let Some((other, others)) =
             cut.iter().next().map(|(other, values): (&String, &Vec<_>)| (other, values.len()))
