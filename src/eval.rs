@@ -29,6 +29,12 @@ impl<'a> Call<'a> {
         self.inputs.get(slot).copied().flatten()
     }
 
+    /// The elements of a result of shape `dims`, unless they are too many to be a constant.
+    fn element_count(&self, dims: &[usize]) -> Option<usize> {
+        let most = self.inputs.iter().flatten().map(|input| input.len()).fold(MAX_ELEMENTS, usize::max);
+        dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= most)
+    }
+
     /// The integers that are an attribute in old operator sets and input `slot` in new ones.
     fn ints(&self, attribute: &str, slot: usize) -> Option<Vec<i64>> {
         match self.input(slot) {
@@ -60,13 +66,8 @@ pub fn broadcast(a: &[usize], b: &[usize]) -> Option<Vec<usize>> {
         .collect()
 }
 
-/// Constants of more elements than this are not computed.
+/// Constants of more elements than this are not computed, unless they are made of one that is as large.
 const MAX_ELEMENTS: usize = 1 << 24;
-
-/// The elements of a result of shape `dims`, unless they are too many to be a constant.
-fn element_count(dims: &[usize]) -> Option<usize> {
-    dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_ELEMENTS)
-}
 
 /// The strides with which a tensor of shape `dims` is read as one of shape `target`.
 fn broadcast_strides(dims: &[usize], target: &[usize]) -> Vec<usize> {
@@ -78,4 +79,19 @@ fn broadcast_strides(dims: &[usize], target: &[usize]) -> Vec<usize> {
 /// The element type that number `to` stands for in `Cast`.
 fn dtype(to: i64) -> Option<DType> {
     DType::try_from(i32::try_from(to).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_may_be_as_large_as_what_it_is_made_of() {
+        let large = Tensor::integers(DType::Uint8, &[MAX_ELEMENTS + 1], &vec![2; MAX_ELEMENTS + 1]);
+        let (large, by) = (large.unwrap(), Tensor::integers(DType::Uint8, &[], &[1]).unwrap());
+        let shift = Op::new("BitShift").with_string("direction", "RIGHT");
+        assert!(evaluate(&shift, 17, &[Some(&large), Some(&by)]).is_some());
+        let shape = Tensor::i64(&[1], &[MAX_ELEMENTS as i64 + 1]);
+        assert!(evaluate(&Op::new("Expand"), 17, &[Some(&by), Some(&shape)]).is_none());
+    }
 }

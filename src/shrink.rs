@@ -329,24 +329,22 @@ pub fn shrink(model: &Model, job: &Job, progress: &mut dyn FnMut(&str)) -> Resul
     }
     report.before = Cost { bytes: Cost::bytes(file), ..Cost::of(model, &cx.bound) };
     let base = unlisted(model, job, &mut report);
-    let result = match &samples {
-        Some(samples) => {
-            let result = Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?;
-            if result.graph.edits() != model.graph.edits() {
-                prove::usable(model, &result, job, Some(samples), &mut report)?;
-            }
-            result
+    let is_edited = |result: &Model| result.graph.edits() != model.graph.edits();
+    let result = if let Some(samples) = &samples {
+        let result = Lossy::new(model, &base, job, samples, &mut report, progress)?.run(&mut cx)?;
+        if is_edited(&result) {
+            prove::usable(model, &result, job, Some(samples), &mut report)?;
         }
-        None => {
-            progress("running passes");
-            let mut result = base.clone();
-            report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
-            if result.graph.edits() != model.graph.edits() {
-                progress("verifying");
-                prove::lossless(&base, &mut result, job, source, &mut report)?;
-            }
-            result
+        result
+    } else {
+        progress("running passes");
+        let mut result = base.clone();
+        report.passes = pipeline::run(&job.items, &mut result, &mut cx, Price::default())?;
+        if is_edited(&result) {
+            progress("verifying");
+            prove::lossless(&base, &mut result, job, source, &mut report)?;
         }
+        result
     };
     report.moments = Arc::clone(&cx.moments);
     if result.graph.edits() == model.graph.edits() {

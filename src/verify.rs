@@ -117,7 +117,7 @@ pub fn takes_batches(engine: &Engine, model: &Model, samples: &[Vec<Value>]) -> 
     let stacked = |(i, like): (usize, &Value)| Value {
         dims: [&[BATCH * like.dims[0]], &like.dims[1..]].concat(),
         values: batch.iter().flat_map(|sample| sample[i].values.iter().copied()).collect(),
-        is_float: like.is_float,
+        dtype: like.dtype,
     };
     let mut runners = Runners::new(engine, model);
     let together = runners.run(&[like.iter().enumerate().map(stacked).collect()])?;

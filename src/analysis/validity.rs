@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     ops::RangeInclusive,
     sync::LazyLock,
 };
@@ -44,15 +45,30 @@ fn signature(words: &mut dyn Iterator<Item = &'static str>) -> Option<Signature>
 /// Operators other than broadcasting ones whose operands are all of one type.
 const ALIKE: &[&str] = &["Concat", "Conv", "ConvTranspose", "Einsum", "Gemm", "LayerNormalization", "MatMul"];
 
-/// What of `graph` and of the bodies in it runtimes refuse: where it is, and what.
+/// What runtimes refuse a graph for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fault {
+    /// Where it is: a name, which passes may change.
+    pub place: String,
+    /// What is wrong.
+    pub kind: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.place, self.kind)
+    }
+}
+
+/// What of `graph` and of the bodies in it runtimes refuse.
 #[must_use]
-pub fn faults(graph: &Graph) -> BTreeSet<String> {
+pub fn faults(graph: &Graph) -> BTreeSet<Fault> {
     let mut faults = BTreeSet::new();
     collect(graph, &Shapes::infer(graph, &BTreeMap::new()), &mut faults);
     faults
 }
 
-fn collect(graph: &Graph, shapes: &Shapes, faults: &mut BTreeSet<String>) {
+fn collect(graph: &Graph, shapes: &Shapes, faults: &mut BTreeSet<Fault>) {
     let dtype = |value: Outlet| shapes.fact(value)?.dtype;
     let interface =
         graph.inputs().iter().map(|input| &input.info).chain(graph.outputs().iter().map(|output| &output.info));
@@ -60,13 +76,15 @@ fn collect(graph: &Graph, shapes: &Shapes, faults: &mut BTreeSet<String>) {
     for info in interface.chain(&graph.value_info) {
         let own = known.get(info.name()).copied().and_then(dtype);
         if let Some((own, declared)) = own.zip(Fact::declared(info).dtype).filter(|(own, declared)| own != declared) {
-            faults.insert(format!("value `{}` is of {own:?}, and declared to be of {declared:?}", info.name()));
+            let kind = format!("is of {own:?}, and declared to be of {declared:?}");
+            faults.insert(Fault { place: format!("value `{}`", info.name()), kind });
         }
     }
     for id in graph.ops() {
         let Some(op) = graph.op(id) else { continue };
         if let Some(what) = misused(graph, id, op).or_else(|| mixed(graph, id, op, &dtype)) {
-            faults.insert(format!("node `{}` ({}) {what}", graph.label(id), op.op_type()));
+            let kind = format!("({}) {what}", op.op_type());
+            faults.insert(Fault { place: format!("node `{}`", graph.label(id)), kind });
         }
     }
     for (id, body) in graph.bodies() {

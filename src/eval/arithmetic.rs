@@ -1,6 +1,6 @@
 //! Operators that compute: element-wise, reductions, ranges and casts.
 
-use super::{Call, axis, broadcast, broadcast_strides, dtype, element_count};
+use super::{Call, axis, broadcast, broadcast_strides, dtype};
 use crate::ir::{
     DType, Tensor,
     tensor::{offsets, strides},
@@ -147,7 +147,7 @@ fn binary(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let dims = broadcast(a.dims(), b.dims())?;
-    element_count(&dims)?;
+    call.element_count(&dims)?;
     let (from_a, from_b) = (broadcast_strides(a.dims(), &dims), broadcast_strides(b.dims(), &dims));
     let pairs = offsets(&dims, &from_a).zip(offsets(&dims, &from_b));
     let compares = matches!(op, "Equal" | "Less" | "Greater" | "LessOrEqual" | "GreaterOrEqual");
@@ -242,7 +242,7 @@ fn quantize(call: &Call<'_>) -> Option<Tensor> {
 fn shift(call: &Call<'_>) -> Option<Tensor> {
     let (a, b) = (call.input(0)?, call.input(1)?);
     let dims = broadcast(a.dims(), b.dims())?;
-    element_count(&dims)?;
+    call.element_count(&dims)?;
     (a.dtype() == DType::Uint8 && b.dtype() == DType::Uint8).then_some(())?;
     let move_by: fn(u8, u32) -> u8 = match call.op.string("direction")? {
         "LEFT" => u8::unbounded_shl,
@@ -304,7 +304,7 @@ fn select(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let dims = broadcast(condition.dims(), &broadcast(a.dims(), b.dims())?)?;
-    element_count(&dims)?;
+    call.element_count(&dims)?;
     let walk = |t: &Tensor| offsets(&dims, &broadcast_strides(t.dims(), &dims));
     let (truth, x, y) = (condition.i64s()?, a.bytes(), b.bytes());
     let mut bytes = Vec::new();
@@ -320,7 +320,7 @@ fn constant_of_shape(call: &Call<'_>) -> Option<Tensor> {
         Some(_) => call.op.tensor("value")?,
         None => Tensor::f32(&[1], &[0.0]),
     };
-    let count = element_count(&dims)?;
+    let count = call.element_count(&dims)?;
     value.element_size().filter(|_| value.len() == 1)?;
     Some(Tensor::made(value.dtype(), &dims, value.bytes().repeat(count).into()))
 }
@@ -333,7 +333,7 @@ fn range(call: &Call<'_>) -> Option<Tensor> {
         return None;
     }
     let count = limit.checked_sub(first)?.checked_add(step - step.signum())?.checked_div(step)?.max(0);
-    element_count(&[count as usize])?;
+    call.element_count(&[count as usize])?;
     store(start.dtype(), &[count as usize], Elements::Int((0..count).map(|i| first + i * step).collect()))
 }
 

@@ -1,6 +1,6 @@
 //! Operators that move elements and never look at them.
 
-use super::{Call, axis, broadcast, broadcast_strides, element_count};
+use super::{Call, axis, broadcast, broadcast_strides};
 use crate::ir::{
     Tensor,
     tensor::{offsets, strides},
@@ -232,7 +232,7 @@ fn gather(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
 fn expand(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     let wanted: Vec<_> = call.input(1)?.i64s()?.into_iter().map(|d| usize::try_from(d).ok()).collect::<Option<_>>()?;
     let dims = broadcast(x.dims(), &wanted)?;
-    element_count(&dims)?;
+    call.element_count(&dims)?;
     pick(x, &dims, offsets(&dims, &broadcast_strides(x.dims(), &dims)))
 }
 
@@ -246,7 +246,7 @@ fn tile(call: &Call<'_>, x: &Tensor) -> Option<Tensor> {
     let dims: Vec<_> = repeats.iter().zip(x.dims()).flat_map(|(&r, &d)| [r, d]).collect();
     let steps: Vec<_> = own.iter().flat_map(|&s| [0, s]).collect();
     let target: Vec<_> = repeats.iter().zip(x.dims()).map(|(r, &d)| r.checked_mul(d)).collect::<Option<_>>()?;
-    element_count(&target)?;
+    call.element_count(&target)?;
     pick(x, &target, offsets(&dims, &steps))
 }
 

@@ -7,7 +7,7 @@ use crate::{
     pass::{Context, Declare, Fidelity, Pass},
 };
 
-/// Remove nodes and constants that no output depends on.
+/// Remove nodes and constants that no output depends on, and operands that are left out at the end of a list.
 ///
 /// Inputs that must be fed stay, since they are the model's interface; so do values that quantization annotations name.
 ///
@@ -36,6 +36,9 @@ fn sweep(graph: &mut Graph) -> usize {
             continue;
         }
         swept += graph.sweep(id);
+        if graph.contains(id) && graph.op(id).is_some() {
+            graph.trim_operands(id);
+        }
         if !graph.contains(id) || graph.op(id).is_none_or(|op| op.bodies.is_empty()) {
             continue;
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::{
     analysis::shapes::{Fact, Shapes},
-    ir::{DType, Graph, Kind, NodeId, Outlet},
+    ir::{DType, Graph, Kind, NodeId, Op, Outlet},
     pass::{Context, Declare, Fidelity, Pass, everywhere, everywhere_shaped},
 };
 
@@ -83,9 +83,17 @@ fn is_of_codes(graph: &Graph, id: NodeId) -> bool {
     let is_code = graph
         .constant(id.out())
         .is_some_and(|tensor| matches!(tensor.dtype(), DType::Int8 | DType::Uint8 | DType::Int4 | DType::Uint4));
-    let reads_codes = |kind: &str| kind.ends_with("Linear") || kind.ends_with("Integer") || kind.starts_with("QLinear");
+    // What operators of other domains, and functions, do with codes is not known.
+    let reads_codes = |op: &Op| {
+        op.standard().is_none_or(|kind| {
+            kind.ends_with("Linear")
+                || kind.ends_with("Integer")
+                || kind.starts_with("QLinear")
+                || kind.contains("Quantize")
+        })
+    };
     let uses = graph.uses(id.out());
-    is_code && uses.iter().any(|(node, _)| graph.op(*node).is_some_and(|op| reads_codes(op.op_type())))
+    is_code && uses.iter().any(|(node, _)| graph.op(*node).is_some_and(reads_codes))
 }
 
 /// What makes two operators compute the same: type, domain, attributes, operands, number of results.
@@ -105,6 +113,10 @@ fn merge_operators(graph: &mut Graph) -> usize {
             (0..outputs).all(|slot| graph.name(id.at(slot)).is_empty() || !graph.name(twin.at(slot)).is_empty())
         };
         match seen.get(&key) {
+            // An output can take the twin's place as well as the other way round.
+            Some(&twin) if kept && outputs == 1 && !graph.is_pinned(id.out()) && graph.can_take_name(twin.out()) => {
+                merged += usize::from(graph.bypass(id, twin.out()).is_some());
+            }
             Some(&twin) if !kept && has(twin) => {
                 for slot in (0..outputs).filter(|&slot| !graph.name(id.at(slot)).is_empty()).collect::<Vec<_>>() {
                     graph.replace_uses(id.at(slot), twin.at(slot));

@@ -19,7 +19,7 @@ use crate::{
 /// shapes settle it, and followed by name where they don't: an extent of a `Reshape` that is that of the same axis of its
 /// operand becomes 0, and the only one that is not known becomes -1. `Constant` nodes become initializers.
 ///
-/// Applies when: the file does not grow. An `Expand` of one number to a million stays.
+/// Applies when: the file does not grow, or by a few bytes only. An `Expand` of one number to a million stays.
 ///
 /// Fidelity: exact.
 #[derive(Debug, clap::Parser)]
@@ -110,10 +110,7 @@ fn fold_together(graph: &mut Graph) -> usize {
         }
     }
     let mut folded = 0;
-    for tied in tied.into_values().filter(|tied| tied.made <= tied.freed) {
-        if tied.results.iter().any(|id| graph.is_output(id.out())) {
-            continue;
-        }
+    for tied in tied.into_values().filter(|tied| tied.made <= tied.freed.max(MAX_UNTIED)) {
         folded += tied.operators.len();
         for id in tied.results {
             graph.settle(id, Weight::dense(values[&id].clone()));
@@ -128,7 +125,7 @@ const KEPT: &str = "DequantizeLinear";
 /// Makes `node` the constant that it always is.
 fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let op = graph.op(node)?;
-    if graph.output_count(node) != 1 || graph.is_output(node.out()) || !op.bodies.is_empty() || op.is(KEPT) {
+    if graph.output_count(node) != 1 || !op.bodies.is_empty() || op.is(KEPT) {
         return None;
     }
     let is_alone = graph.operand(node, 0).is_some_and(|read| graph.sole_use(read).is_some());
@@ -148,7 +145,8 @@ fn fold(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     // Freed: the node, and constants that nothing else reads.
     let freed = operands.iter().flatten().filter(|&&v| graph.sole_use(v).is_some()).filter_map(|&v| graph.weight(v));
     let freed: usize = freed.map(Weight::stored_bytes).sum::<usize>() + op.proto.encoded_len();
-    if value.byte_len() > freed {
+    // A name for a small value takes fewer bytes than the operators that it saves take time.
+    if value.byte_len() > freed.max(MAX_UNTIED) {
         return None;
     }
     graph.settle(node, Weight::dense(value));

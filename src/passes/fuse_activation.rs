@@ -11,7 +11,7 @@ use crate::{
 /// Clip(x + b, 0, h) ÷ h is one `HardSigmoid`, also where it multiplies something first and is divided after:
 /// v · Clip(x + 3, 0, 6) ÷ 6 is `HardSigmoid` and `Mul`. x · HardSigmoid(x) with its usual numbers is `HardSwish` from
 /// opset 14 (Howard 2019). x · (1 + erf(x ÷ √2)) ÷ 2 is `Gelu` from opset 20 (Hendrycks 2016), also with its approximation by
-/// tanh; x · tanh(softplus(x)) is `Mish` from opset 18 (Misra 2019).
+/// tanh; x · tanh(softplus(x)) is `Mish` from opset 18 (Misra 2019). The logarithm of a softmax is `LogSoftmax`.
 ///
 /// Applies when: the numbers are constants and nothing else reads what is in between.
 ///
@@ -30,7 +30,11 @@ impl Pass for FuseActivation {
         let rule = |graph: &mut Graph, shapes: &Shapes, node: NodeId| {
             // What the first makes, the second may take up.
             let (sigmoid, swish) = (hard_sigmoid(graph, shapes, node), hard_swish(graph, node));
-            sigmoid.or(swish).or_else(|| gelu(graph, shapes, node)).or_else(|| mish(graph, node))
+            sigmoid
+                .or(swish)
+                .or_else(|| gelu(graph, shapes, node))
+                .or_else(|| mish(graph, node))
+                .or_else(|| log_softmax(graph, node))
         };
         cx.add("activations fused", rewrite_shaped(graph, &rule));
         Ok(())
@@ -83,6 +87,21 @@ impl Clipped {
             None => Self { x: inner, shift: 0.0, high },
         })
     }
+}
+
+/// Makes the `Log` at `node` of a `Softmax` one operator.
+fn log_softmax(graph: &mut Graph, node: NodeId) -> Option<()> {
+    graph.op_of(node, "Log")?;
+    let middle = graph.operand(node, 0)?;
+    let softmax = graph.op_of(middle.node, "Softmax")?;
+    graph.sole_use(middle).filter(|_| !graph.is_pinned(middle) && !graph.is_pinned(node.out()))?;
+    let source = graph.operand(middle.node, 0)?;
+    let mut op = Op::new("LogSoftmax").in_place_of(graph.op(node)?);
+    if let Some(axis) = softmax.int("axis") {
+        op = op.with_int("axis", axis);
+    }
+    graph.replace_op(node, op, &[source]);
+    Some(())
 }
 
 /// Rewrites the division or product at `node` that ends a hard sigmoid.

@@ -1,16 +1,21 @@
 //! See [`FuseElementwise`].
 
+mod bounds;
+
 use crate::{
     analysis::{never_negative, shapes::Shapes},
-    ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight, tensor::is_float},
+    eval,
+    ir::{DType, Graph, NodeId, Op, Outlet, Tensor, tensor::is_float},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Merge element-wise operators that undo or repeat the one before them.
 ///
-/// `Neg` of `Neg`, `Not` of `Not`, and `Relu`, `Abs`, `Floor`, `Ceil`, `Round` or `Sign` of what is so already; `Clip` and
-/// `Relu` after each other are one `Clip`; a `Cast` after one to a type that holds every value of the first is the second
-/// alone.
+/// `Neg` of `Neg`, `Not` of `Not`, and `Relu`, `Abs`, `Floor`, `Ceil`, `Round` or `Sign` of what is so already; `Clip`, `Relu`
+/// and `Min` or `Max` with a number after each other are one `Clip`, and other `Min` or `Max` after each other one of more
+/// operands; `And`, `Or`, `Min` and `Max` of a value with itself are that; `Where` of a `Not` exchanges its branches; a `Cast`
+/// after one to a type that holds every value of the first is the second alone, and after a `ConstantOfShape` the type of its
+/// number; `CastLike` to a type that is known is a `Cast`.
 ///
 /// Applies when: the bounds of a `Clip` are constants, and nothing else reads the first of the two where it would stay.
 ///
@@ -35,7 +40,19 @@ impl Pass for FuseElementwise {
 const WHOLE: &[&str] = &["Floor", "Ceil", "Round", "Sign"];
 
 fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    let middle = graph.operand(node, 0).filter(|_| !graph.is_pinned(node.out()))?;
+    if graph.is_pinned(node.out()) {
+        return None;
+    }
+    let kind = graph.op(node)?.standard()?.to_owned();
+    match &kind[..] {
+        "CastLike" => return cast_like(graph, shapes, node),
+        "Where" => return exchange_branches(graph, node),
+        "And" | "Or" | "Min" | "Max" if is_repeated(graph, node) => return graph.bypass(node, graph.operand(node, 0)?),
+        "Clip" | "Relu" | "Min" | "Max" if bounds::merge(graph, shapes, node).is_some() => return Some(()),
+        "Min" | "Max" => return bounds::flatten(graph, node),
+        _ => {}
+    }
+    let middle = graph.operand(node, 0)?;
     let (second, first) = (graph.op(node)?.standard()?, graph.op(middle.node)?.standard()?);
     let source = graph.operand(middle.node, 0)?;
     match (first, second) {
@@ -47,9 +64,52 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         ("Sign", "Sign") => graph.bypass(node, middle),
         ("Neg" | "Abs", "Abs") => skip(graph, node, middle, source),
         ("Cast", "Cast") => cast(graph, shapes, node, middle, source),
-        ("Clip" | "Relu", "Clip" | "Relu") => clip(graph, shapes, node, middle, source),
+        ("ConstantOfShape", "Cast") => cast_filled(graph, node, middle, source),
         _ => None,
     }
+}
+
+/// Whether `node` reads one value twice and nothing else.
+fn is_repeated(graph: &Graph, node: NodeId) -> bool {
+    matches!(graph.operands(node)[..], [Some(a), Some(b)] if a == b)
+}
+
+/// Makes the `CastLike` at `node` a `Cast` to the type of its second operand.
+fn cast_like(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    let (x, like) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
+    let to = shapes.fact(like)?.dtype?;
+    let old = graph.op(node)?;
+    let mut cast = Op::new("Cast").with_int("to", to as i64).in_place_of(old);
+    if let Some(saturate) = old.int("saturate") {
+        cast = cast.with_int("saturate", saturate);
+    }
+    graph.replace_op(node, cast, &[x]);
+    Some(())
+}
+
+/// Has the `Where` at `node`, whose condition is a `Not`, read what that negates, and its branches the other way round.
+fn exchange_branches(graph: &mut Graph, node: NodeId) -> Option<()> {
+    let negated = graph.operand(node, 0)?;
+    graph.op_of(negated.node, "Not")?;
+    graph.sole_use(negated).filter(|_| !graph.is_pinned(negated))?;
+    let (condition, a, b) = (graph.operand(negated.node, 0)?, graph.operand(node, 1)?, graph.operand(node, 2)?);
+    graph.set_operands(node, &[condition, b, a]);
+    graph.sweep(negated.node);
+    Some(())
+}
+
+/// Makes the `Cast` at `node` of a tensor of one number a tensor of that number in the other type.
+fn cast_filled(graph: &mut Graph, node: NodeId, filled: Outlet, shape: Outlet) -> Option<()> {
+    graph.sole_use(filled).filter(|_| !graph.is_pinned(filled))?;
+    let number = match graph.op(filled.node)?.attribute("value") {
+        Some(_) => graph.op(filled.node)?.tensor("value")?,
+        None => Tensor::f32(&[1], &[0.0]),
+    };
+    let number = eval::evaluate(graph.op(node)?, graph.opset(), &[Some(&number)])?.pop()?;
+    let mut op = Op::new("ConstantOfShape").in_place_of(graph.op(node)?);
+    op.set_tensor("value", &number);
+    graph.replace_op(node, op, &[shape]);
+    Some(())
 }
 
 /// Has `node` read `source`, and not `middle`, if that goes then.
@@ -90,52 +150,4 @@ fn holds(large: DType, small: DType) -> bool {
         Double => large == Double,
         _ => false,
     }
-}
-
-/// Lowest and highest value that a `Clip` or `Relu` lets through.
-fn bounds(graph: &Graph, node: NodeId) -> Option<(f64, f64)> {
-    let op = graph.op(node)?;
-    if op.is("Relu") {
-        return Some((0.0, f64::INFINITY));
-    }
-    let bound = |slot: u32, attribute: &str, open: f64| match graph.operand(node, slot) {
-        Some(bound) => match graph.constant(bound)?.f64s()?[..] {
-            [bound] if !bound.is_nan() => Some(bound),
-            _ => None,
-        },
-        None => Some(op.float(attribute).map_or(open, f64::from)),
-    };
-    Some((bound(1, "min", f64::NEG_INFINITY)?, bound(2, "max", f64::INFINITY)?))
-}
-
-/// Makes the `Clip` or `Relu` at `node` of one of the other one `Clip`.
-fn clip(graph: &mut Graph, shapes: &Shapes, node: NodeId, middle: Outlet, source: Outlet) -> Option<()> {
-    let ((low, high), (after_low, after_high)) = (bounds(graph, middle.node)?, bounds(graph, node)?);
-    // Written so that NaN is no bound.
-    if !(low <= high && after_low <= after_high) {
-        return None;
-    }
-    if after_low <= low && after_high >= high {
-        return graph.bypass(node, middle);
-    }
-    graph.sole_use(middle).filter(|_| !graph.is_pinned(middle))?;
-    let (least, most) = (low.clamp(after_low, after_high), high.clamp(after_low, after_high));
-    let dtype = shapes.fact(source)?.dtype.filter(|&dtype| is_float(dtype))?;
-    let mut merged = Op::new("Clip").in_place_of(graph.op(node)?);
-    let given = [("min", least), ("max", most)].map(|(what, bound)| (what, bound.is_finite().then_some(bound)));
-    for (slot, (what, bound)) in (1..).zip(given) {
-        let mut new = None;
-        if let Some(bound) = bound {
-            if graph.opset() < 11 {
-                merged = merged.with_float(what, bound as f32);
-            } else if let Some(tensor) = Tensor::floats(dtype, &[], &[bound]) {
-                let name = format!("{}.{what}", graph.name(node.out()));
-                new = Some(graph.add_const(Weight::dense(tensor), &name));
-            }
-        }
-        graph.exchange_operand(node, slot, new);
-    }
-    graph.edit_op(node, |op| *op = Op { arity: op.arity, ..merged });
-    graph.exchange_operand(node, 0, Some(source));
-    Some(())
 }

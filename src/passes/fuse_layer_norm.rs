@@ -4,16 +4,16 @@ use super::fuse_activation::number;
 use crate::{
     analysis::shapes::{Shapes, Term},
     eval::axis,
-    ir::{DType, Graph, NodeId, Op, Outlet},
+    ir::{DType, Graph, NodeId, Op, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
 
 /// Spell a layer normalization that an exporter took apart as one `LayerNormalization` (Ba 2016).
 ///
-/// (x − mean) ÷ √(variance + ε) · scale + bias over the last axes, from opset 17.
+/// (x − mean) ÷ √(variance + ε) · scale + bias over the last axes, from opset 17; also with the reciprocal of the root, and without scale or
+/// bias.
 ///
-/// Applies when: ε is a number, the scale and the bias are constants of the normalized shape, and nothing else reads what is
-/// in between.
+/// Applies when: ε is a number, the scale and the bias have the normalized shape, and nothing else reads what is in between.
 ///
 /// Fidelity: rounding.
 #[derive(Debug, clap::Parser)]
@@ -59,7 +59,14 @@ struct Normalized {
 
 impl Normalized {
     fn of(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<Self> {
-        let (centred, deviation) = pair(graph, value, "Div")?;
+        let (centred, inverse, deviation) = if let Some((centred, deviation)) = pair(graph, value, "Div") {
+            (centred, None, deviation)
+        } else {
+            let (a, b) = pair(graph, value, "Mul")?;
+            let (centred, inverse) = if graph.op_of(b.node, "Reciprocal").is_some() { (a, b) } else { (b, a) };
+            graph.op_of(inverse.node, "Reciprocal")?;
+            (centred, Some(inverse), graph.operand(inverse.node, 0)?)
+        };
         let (x, average) = pair(graph, centred, "Sub")?;
         let (averaged, first) = mean(graph, shapes, average)?;
         let shifted = graph.op_of(deviation.node, "Sqrt").and_then(|_| graph.operand(deviation.node, 0))?;
@@ -75,46 +82,53 @@ impl Normalized {
             };
         // The centred values are read once by the quotient, and once or twice to be squared.
         let inside = graph.uses(centred).iter().all(|(reader, _)| [value.node, squares.node].contains(reader));
-        let alone = [average, deviation, shifted, variance, squares].iter().all(|&v| graph.sole_use(v).is_some());
-        let pinned =
-            [value, centred, average, deviation, shifted, variance, squares].iter().any(|&v| graph.is_pinned(v));
+        let between = [average, deviation, shifted, variance, squares].into_iter().chain(inverse);
+        let alone = between.clone().all(|v| graph.sole_use(v).is_some());
+        let pinned = between.chain([value, centred]).any(|v| graph.is_pinned(v));
         let fits = squared && inside && alone && !pinned && !graph.is_output(centred);
         (fits && averaged == x && over == first && epsilon > 0.0).then_some(Self { x, first, epsilon })
     }
 }
 
-/// The operand of `node` that is a constant of the normalized shape, and the other one.
-fn parameter(graph: &Graph, shapes: &Shapes, node: NodeId) -> Option<(Outlet, Outlet)> {
-    let (a, b) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
-    let (x, constant) = if graph.constant(b).is_some() { (a, b) } else { (b, a) };
-    let tensor = graph.constant(constant).filter(|tensor| tensor.dtype() == DType::Float)?;
-    let dims = shapes.dims(x)?;
-    let wanted = &dims[dims.len().checked_sub(tensor.dims().len())?..];
-    let same = tensor.dims().iter().zip(wanted).all(|(&d, wanted)| *wanted == Some(Term::from(d)));
-    same.then_some((x, constant))
+/// The other operand of what alone reads `value`, an `op`, if that has the normalized shape: that of the axes of `x` from `first` on.
+fn parameter(
+    graph: &Graph,
+    shapes: &Shapes,
+    (value, op): (Outlet, &str),
+    (x, first): (Outlet, usize),
+) -> Option<(NodeId, Outlet)> {
+    let (reader, _) = graph.sole_use(value).filter(|_| !graph.is_pinned(value))?;
+    let (a, b) = pair(graph, reader.out(), op)?;
+    let other = if a == value { b } else { a };
+    let wanted = &shapes.dims(x)?[first..];
+    let is_known = wanted.iter().all(Option::is_some);
+    let fits = shapes.dims(other)? == wanted && is_known && shapes.fact(other)?.dtype == Some(DType::Float);
+    (fits && !graph.is_pinned(reader.out())).then_some((reader, other))
 }
 
-/// Makes the product at `node` of a normalized value and its scale, or the sum with the bias after it, one operator.
+/// Makes the normalized value at `node`, and the product with its scale and the sum with the bias after it, one operator.
 fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    graph.op_of(node, "Mul").filter(|_| graph.opset() >= 17)?;
-    let (value, scale) = parameter(graph, shapes, node)?;
-    let Normalized { x, first, epsilon } = Normalized::of(graph, shapes, value)?;
-    graph.sole_use(value)?;
+    graph.op(node)?.standard().filter(|kind| matches!(*kind, "Div" | "Mul") && graph.opset() >= 17)?;
+    let Normalized { x, first, epsilon } = Normalized::of(graph, shapes, node.out())?;
     let rank = shapes.rank(x)?;
-    if shapes.fact(x)?.dtype != Some(DType::Float) || graph.constant(scale)?.dims().len() != rank - first {
+    if shapes.fact(x)?.dtype != Some(DType::Float) {
         return None;
     }
-    let sum = graph.sole_use(node.out()).filter(|_| !graph.is_pinned(node.out())).map(|(reader, _)| reader);
-    let sum = sum.filter(|&sum| graph.op_of(sum, "Add").is_some());
-    let bias = sum.and_then(|sum| parameter(graph, shapes, sum)).filter(|(value, _)| *value == node.out());
-    let bias = bias.filter(|(_, bias)| graph.constant(*bias).is_some_and(|bias| bias.dims().len() == rank - first));
-    let (last, bias) = match (sum, bias) {
-        (Some(sum), Some((_, bias))) => (sum, Some(bias)),
-        _ => (node, None),
+    let scaled = parameter(graph, shapes, (node.out(), "Mul"), (x, first));
+    let before = scaled.map_or(node, |(scaled, _)| scaled);
+    let shifted = parameter(graph, shapes, (before.out(), "Add"), (x, first));
+    let last = shifted.map_or(before, |(shifted, _)| shifted);
+    let scale = if let Some((_, scale)) = scaled {
+        scale
+    } else {
+        let dims = shapes.dims(x)?[first..].iter().map(|d| d.and_then(Term::extent)).collect::<Option<Vec<_>>>()?;
+        let ones = Tensor::f32(&dims, &vec![1.0; dims.iter().product()]);
+        let name = format!("{}.scale", graph.name(last.out()));
+        graph.add_const(Weight::dense(ones), &name)
     };
     let op = Op::new("LayerNormalization").with_int("axis", first as i64 - rank as i64);
     let op = op.with_float("epsilon", epsilon as f32).in_place_of(graph.op(last)?);
-    let operands: Vec<_> = [x, scale].into_iter().chain(bias).collect();
+    let operands: Vec<_> = [x, scale].into_iter().chain(shifted.map(|(_, bias)| bias)).collect();
     graph.replace_op(last, op, &operands);
     Some(())
 }

@@ -1,14 +1,14 @@
 //! See [`FuseMatmulAdd`].
 
 use crate::{
-    analysis::shapes::{Shapes, Term},
-    ir::{Graph, NodeId, Op, Storage},
-    pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
+    analysis::shapes::{Dim, Shapes, Term},
+    ir::{Graph, NodeId, Op, Storage, tensor::is_float},
+    pass::{Context, Declare, Fidelity, Pass, rewrite, rewrite_shaped},
 };
 
-/// Make one `Gemm` of a `MatMul` of matrices and the `Add` of a bias after it.
+/// Make one `Gemm` of a `MatMul` of matrices and the `Add` of a bias after it, and of a `Gemm` and the `Transpose` before it.
 ///
-/// Applies when: both operands of the product are known to be matrices, the bias is a constant row, and nothing but the
+/// Applies when: both operands of the product are known to be matrices of floats, the bias broadcasts to the product, and nothing but the
 /// sum reads the product.
 ///
 /// Fidelity: rounding.
@@ -24,6 +24,7 @@ impl Declare for FuseMatmulAdd {
 impl Pass for FuseMatmulAdd {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         cx.add("products fused", rewrite_shaped(graph, &fuse));
+        cx.add("transposes fused", rewrite(graph, turn));
         Ok(())
     }
 }
@@ -42,10 +43,13 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     if graph.weight(b).is_some_and(|weight| is_multiplied(weight.storage())) {
         return None;
     }
-    let columns = shapes.dims(b).filter(|dims| dims.len() == 2)?.last()?.and_then(Term::extent);
-    let row = graph.constant(bias).filter(|bias| bias.f64s().is_some())?;
-    let is_row = row.dims().len() <= 2 && row.dims().last().is_some_and(|&d| Some(d) == columns && d == row.len());
-    if shapes.rank(a)? != 2 || !is_row {
+    let (&[rows, _], &[_, columns]) = (shapes.dims(a)?, shapes.dims(b)?) else { return None };
+    let is_of_floats = shapes.fact(product)?.dtype.is_some_and(is_float);
+    // The bias must not widen the product.
+    let one = Some(Term::from(1));
+    let fits = |(extent, wanted): (&Dim, Dim)| *extent == one || extent.is_some() && *extent == wanted;
+    let dims = shapes.dims(bias).filter(|dims| dims.len() <= 2)?;
+    if !is_of_floats || !dims.iter().rev().zip([columns, rows]).all(fits) {
         return None;
     }
     let name = [graph.op(node)?.name(), multiply.name()].into_iter().find(|name| !name.is_empty()).unwrap_or_default();
@@ -56,4 +60,24 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     }
     graph.sweep(product.node);
     Some(())
+}
+
+/// Has the `Gemm` at `node` transpose what a `Transpose` before it does.
+fn turn(graph: &mut Graph, node: NodeId) -> Option<()> {
+    graph.op_of(node, "Gemm")?;
+    let mut turned = None;
+    for (slot, flag) in [(0, "transA"), (1, "transB")] {
+        let value = graph.operand(node, slot)?;
+        let Some(transpose) = graph.op_of(value.node, "Transpose") else { continue };
+        let swaps = transpose.ints("perm").is_none_or(|perm| *perm == [1, 0]);
+        if !swaps || graph.sole_use(value).is_none() || graph.is_pinned(value) {
+            continue;
+        }
+        let source = graph.operand(value.node, 0)?;
+        let flagged = graph.op(node)?.int(flag).unwrap_or(0);
+        graph.edit_op(node, |op| *op = std::mem::take(op).with_int(flag, i64::from(flagged == 0)));
+        graph.exchange_operand(node, slot, Some(source));
+        turned = Some(());
+    }
+    turned
 }

@@ -10,7 +10,8 @@ use crate::{
 /// Merge operators that move elements and follow each other.
 ///
 /// `Transpose` after `Transpose`, `Reshape` after whatever reshapes, `Squeeze` and `Unsqueeze` after each other, `Slice` after
-/// `Slice` of other axes, `Concat` of a `Concat` along the same axis, and `Unsqueeze` of one element that `Gather` picks.
+/// `Slice` of other axes, `Concat` of a `Concat` along the same axis, `Unsqueeze` of one element that `Gather` picks, and `Squeeze`
+/// or `Unsqueeze` of the axes that a reduction before it reduces.
 ///
 /// Applies when: orders, axes and indices are constants, and the first is read by nothing else where it would stay.
 ///
@@ -36,9 +37,12 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     if graph.op_of(node, "Concat").is_some() {
         return concat(graph, node);
     }
+    if let Some(done) = keep_axes(graph, shapes, node) {
+        return Some(done);
+    }
     let chain = Chain::of(graph, node)?;
     match chain.kinds {
-        ("Transpose", "Transpose") => transpose(graph, &chain),
+        ("Transpose", "Transpose") => transpose(graph, shapes, &chain),
         ("Reshape" | "Flatten" | "Squeeze" | "Unsqueeze", "Reshape") => reshape(graph, shapes, &chain),
         ("Squeeze" | "Unsqueeze", "Squeeze" | "Unsqueeze") => squeeze(graph, shapes, &chain),
         ("Gather", "Unsqueeze") => pick(graph, shapes, &chain),
@@ -79,10 +83,19 @@ impl Chain {
     }
 }
 
-fn transpose(graph: &mut Graph, chain: &Chain) -> Option<()> {
+fn transpose(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
+    // Without an order, the axes are reversed.
+    let given = [chain.first, chain.second].iter().find_map(|&node| graph.op(node)?.ints("perm").map(<[i64]>::len));
+    let rank = given.or_else(|| shapes.rank(chain.source));
     let perm = |node: NodeId| -> Option<Vec<usize>> {
-        graph.op(node)?.ints("perm")?.iter().map(|&axis| usize::try_from(axis).ok()).collect()
+        match graph.op(node)?.ints("perm") {
+            Some(perm) => perm.iter().map(|&axis| usize::try_from(axis).ok()).collect(),
+            None => rank.map(|rank| (0..rank).rev().collect()),
+        }
     };
+    if rank.is_none() {
+        return graph.bypass(chain.second, chain.source);
+    }
     let (before, after) = (perm(chain.first)?, perm(chain.second)?);
     let both: Vec<i64> = after.iter().map(|&axis| before.get(axis).map(|&axis| axis as i64)).collect::<Option<_>>()?;
     if both.iter().copied().eq(0..before.len() as i64) {
@@ -138,6 +151,46 @@ fn squeeze(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     give(graph, chain.second, "axes", 1, &both);
     chain.skip(graph);
     Some(())
+}
+
+/// Has a reduction before the `Squeeze` or `Unsqueeze` at `node` of the axes that it reduces drop or keep these itself.
+fn keep_axes(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    let kind = graph.op(node)?.standard().filter(|kind| matches!(*kind, "Squeeze" | "Unsqueeze"))?;
+    let keeps = kind == "Unsqueeze";
+    let middle = graph.operand(node, 0)?;
+    graph.sole_use(middle).filter(|_| !graph.is_pinned(middle) && !graph.is_pinned(node.out()))?;
+    let op = graph.op(middle.node)?;
+    let kind = op.standard()?;
+    let is_reduction = kind.starts_with("Reduce") || matches!(kind, "ArgMax" | "ArgMin");
+    if !is_reduction || (op.int("keepdims").unwrap_or(1) == 1) == keeps {
+        return None;
+    }
+    let rank = shapes.rank(graph.operand(middle.node, 0)?)?;
+    let given = match kind {
+        "ArgMax" | "ArgMin" => Some(vec![op.int("axis").unwrap_or(0)]),
+        _ => shapes.argument(graph, middle.node, "axes", 1),
+    };
+    let is_given = graph.operand(middle.node, 1).is_some() || op.ints("axes").is_some();
+    let mut reduced: Vec<usize> = match given.filter(|given| !given.is_empty()) {
+        Some(given) => given.into_iter().map(|given| axis(given, rank)).collect::<Option<_>>()?,
+        None if !is_given && op.int("noop_with_empty_axes") != Some(1) => (0..rank).collect(),
+        None => return None,
+    };
+    reduced.sort_unstable();
+    let has_axes = graph.operand(node, 1).is_some() || graph.op(node)?.ints("axes").is_some();
+    let changed = if has_axes || keeps {
+        axes(graph, shapes, node)?
+    } else {
+        // All axes of length 1 go.
+        let dims = shapes.known(middle)?;
+        (0..dims.len()).filter(|&axis| dims[axis] == 1).collect()
+    };
+    if changed != reduced {
+        return None;
+    }
+    graph.edit_op(middle.node, |op| *op = std::mem::take(op).with_int("keepdims", i64::from(keeps)));
+    graph.forget_info(middle);
+    graph.bypass(node, middle)
 }
 
 /// Gives `node` integers in place of an attribute or a constant operand, whichever it has.

@@ -59,7 +59,10 @@ impl Padding {
         graph.sole_use(inner).filter(|_| !graph.is_pinned(inner))?;
         let padding = Self::of(graph, inner, value.node)?;
         let rank = padding.pads.len() / 2;
-        let perm = transpose.ints("perm")?.iter().map(|&a| axis(a, rank)).collect::<Option<Vec<_>>>()?;
+        let perm = match transpose.ints("perm") {
+            Some(perm) => perm.iter().map(|&a| axis(a, rank)).collect::<Option<Vec<_>>>()?,
+            None => (0..rank).rev().collect(),
+        };
         let pads = perm.iter().copied().chain(perm.iter().map(|a| a + rank)).map(|i| padding.pads[i]).collect();
         (perm.len() == rank).then_some(Self { pads, ..padding })
     }
@@ -72,7 +75,10 @@ impl Padding {
             None => op.ints("pads").or(op.ints("paddings"))?.to_vec(),
         };
         let number = || match graph.operand(pad, 2) {
-            Some(number) => graph.constant(number)?.f64s()?.first().copied(),
+            Some(number) => {
+                let number = graph.constant(number)?;
+                number.f64s().and_then(|v| v.first().copied()).or_else(|| Some(*number.i64s()?.first()? as f64))
+            }
             None => Some(op.float("value").map_or(0.0, f64::from)),
         };
         let border = match op.string("mode").unwrap_or("constant") {
@@ -87,7 +93,7 @@ impl Padding {
 
 fn fuse(graph: &mut Graph, node: NodeId) -> Option<()> {
     let op = graph.op(node)?;
-    let kind = op.standard().filter(|kind| matches!(*kind, "Conv" | "MaxPool" | "AveragePool"))?;
+    let kind = op.standard().filter(|kind| matches!(*kind, "Conv" | "ConvInteger" | "MaxPool" | "AveragePool"))?;
     let Padding { pad, source, reader, pads, border } = Padding::before(graph, node)?;
     let rank = pads.len() / 2;
     let spatial = rank.checked_sub(2)?;
@@ -114,6 +120,11 @@ fn fuse(graph: &mut Graph, node: NodeId) -> Option<()> {
     let counts = op.int("count_include_pad") == Some(1);
     let fits = match (kind, border) {
         ("Conv", Border::Number(number)) => number == 0.0,
+        // Its own padding is the zero point.
+        ("ConvInteger", Border::Number(number)) => match graph.operand(node, 2) {
+            Some(zero) => graph.constant(zero)?.i64s()?.iter().all(|&zero| zero as f64 == number),
+            None => number == 0.0,
+        },
         ("AveragePool", Border::Number(number)) => {
             number == 0.0 && (no_own || counts) && reaches_inside && graph.opset() >= 7
         }

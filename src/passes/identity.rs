@@ -1,7 +1,11 @@
 //! See [`Identity`].
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::{
+        is_broadcasting,
+        shapes::{Dim, Shapes, Term},
+    },
+    eval::axis,
     ir::{DType, Graph, NodeId, Outlet},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
 };
@@ -11,7 +15,8 @@ use crate::{
 /// `Identity`, `Dropout` at inference, `Cast` to the type it has, `Transpose` that keeps the order, `Concat`, `Sum`, `Max`,
 /// `Min` and `Mean` of one tensor, `Split` into one part, `Expand` and `Tile` by ones, sums with zero and products with one,
 /// `And` with true and `Or` with false, and `Reshape`, `Flatten`, `Squeeze`, `Unsqueeze`, `Expand`, `Resize`, `Slice` and `Pad`
-/// whose result has the known shape of their input.
+/// whose result has the known shape of their input. A bias of zeros goes, a part of a `Concat` without elements, and an `Expand`
+/// before an operator that repeats its operand as well.
 ///
 /// Applies when: the result is no output, or the input can take the output's name. An `Identity` from an input, a
 /// constant or another output to an output stays: the interface needs it.
@@ -35,6 +40,9 @@ impl Pass for Identity {
 
 /// Has the readers of `node` read its input, if that is the same, and removes it.
 fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    if let Some(shortened) = shorten(graph, shapes, node) {
+        return Some(shortened);
+    }
     let output = node.out();
     let input = match neutral(graph, shapes, node) {
         Some(input) => input,
@@ -44,6 +52,68 @@ fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         return None;
     }
     graph.bypass(node, input)
+}
+
+/// Has `node` read less: no bias of zeros, no part of a `Concat` that has no elements, and what an `Expand` repeats where `node` repeats it too.
+fn shorten(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    let op = graph.op(node)?;
+    let kind = op.standard()?;
+    match kind {
+        "Conv" | "ConvTranspose" | "Gemm" if !op.is("Gemm") || graph.opset() >= 11 => {
+            let bias = graph.constant(graph.operand(node, 2)?)?;
+            bias.f64s().filter(|bias| bias.iter().all(|&value| value == 0.0))?;
+            graph.exchange_operand(node, 2, None);
+            graph.trim_operands(node);
+            Some(())
+        }
+        "Concat" => {
+            let operands = graph.operands(node).into_iter().collect::<Option<Vec<_>>>()?;
+            let at = op.int("axis").unwrap_or(1);
+            let length = |value: Outlet| {
+                let dims = shapes.dims(value)?;
+                dims[axis(at, dims.len())?]
+            };
+            let is_empty = |value: Outlet| length(value) == Some(Term::from(0));
+            let (empty, full): (Vec<_>, Vec<_>) = operands.into_iter().partition(|&value| is_empty(value));
+            if empty.is_empty() || full.is_empty() {
+                return None;
+            }
+            graph.set_operands(node, &full);
+            for value in empty {
+                graph.sweep(value.node);
+            }
+            Some(())
+        }
+        _ if is_broadcasting(kind) && graph.opset() >= 8 => unexpanded(graph, shapes, node),
+        _ => None,
+    }
+}
+
+/// Has `node`, which broadcasts its operands, read what an `Expand` before it repeats, where its result is of the same shape then.
+fn unexpanded(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
+    let operands = graph.operands(node).into_iter().collect::<Option<Vec<_>>>()?;
+    let wanted = shapes.dims(node.out())?;
+    for (slot, &value) in operands.iter().enumerate() {
+        if graph.op_of(value.node, "Expand").is_none() {
+            continue;
+        }
+        let source = graph.operand(value.node, 0)?;
+        let others = operands.iter().enumerate().filter(|(i, _)| *i != slot).map(|(_, &other)| other);
+        let all: Option<Vec<&[Dim]>> = others.chain([source]).map(|value| shapes.dims(value)).collect();
+        let one = Some(Term::from(1));
+        let is_made = |(back, &wanted): (usize, &Dim)| {
+            let at = |dims: &&[Dim]| dims.len().checked_sub(back + 1).map(|i| dims[i]);
+            let extents: Vec<Dim> = all.iter().flatten().filter_map(at).collect();
+            // Each operand has this extent or 1, and one of them has it.
+            extents.iter().all(|&extent| extent == one || extent.is_some() && extent == wanted)
+                && (wanted == one || extents.contains(&wanted))
+        };
+        if all.is_some() && wanted.iter().rev().enumerate().all(is_made) {
+            graph.exchange_operand(node, slot as u32, Some(source));
+            return Some(());
+        }
+    }
+    None
 }
 
 /// The operand that `node` passes on unchanged since the other one is a constant of zeros, ones or the like.
@@ -125,7 +195,11 @@ fn is_identity(graph: &Graph, shapes: &Shapes, node: NodeId, input: Outlet) -> O
             let from = shapes.fact(input)?.dtype?;
             DType::try_from(i32::try_from(op.int("to")?).ok()?).ok()? == from
         }
-        "Transpose" => op.ints("perm")?.iter().copied().eq(0..op.ints("perm")?.len() as i64),
+        "Transpose" => match op.ints("perm") {
+            Some(perm) => perm.iter().copied().eq(0..perm.len() as i64),
+            // Without an order, the axes are reversed.
+            None => shapes.rank(input)? <= 1,
+        },
         "Concat" | "Sum" | "Max" | "Min" | "Mean" => graph.operands(node).len() == 1,
         "Split" => graph.output_count(node) == 1,
         "Tile" if graph.opset() >= 6 => shapes.argument(graph, node, "repeats", 1)?.iter().all(|&times| times == 1),

@@ -63,11 +63,16 @@ fn run(
     read.sort_unstable();
     read.dedup();
     let shapes = Shapes::infer(graph, &BTreeMap::new());
+    // The engine knows the types that operators of other domains make.
+    let dtype = |value: Outlet| {
+        let inferred = shapes.fact(value).and_then(|fact| fact.dtype);
+        inferred.or_else(|| first.get(&value).map(|made| made.dtype))
+    };
     // Integers that are the same for all samples are shapes and the like, which engines want to know beforehand.
     let mut settled = graph.clone();
     read.retain(|&value| {
-        let known = samples.iter().all(|alive| alive[&value] == first[&value]) && !first[&value].is_float;
-        let dtype = shapes.fact(value).and_then(|fact| fact.dtype);
+        let known = samples.iter().all(|alive| alive[&value] == first[&value]) && !first[&value].is_float();
+        let dtype = dtype(value);
         let integers: Vec<_> = first[&value].values.iter().map(|&v| v as i64).collect();
         let tensor = dtype.filter(|_| known).and_then(|t| Tensor::integers(t, &first[&value].dims, &integers));
         let Some(tensor) = tensor else { return true };
@@ -75,10 +80,7 @@ fn run(
         settled.replace_uses(value, constant);
         false
     });
-    let input = |&value: &Outlet| {
-        let dtype = shapes.fact(value).and_then(|fact| fact.dtype);
-        dtype.map(|dtype| (value, dtype, first[&value].dims.clone()))
-    };
+    let input = |&value: &Outlet| Some((value, dtype(value)?, first[&value].dims.clone()));
     let unknown = || Cannot::Segment(graph.label(segment[0]).to_owned());
     let inputs = read.iter().map(input).collect::<Option<Vec<_>>>().ok_or_else(unknown)?;
     let part = settled.extract(&inputs, wanted).ok_or_else(unknown)?;

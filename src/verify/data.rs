@@ -34,6 +34,8 @@ const RANDOM_SAMPLES: usize = 16;
 const FEW_SAMPLES: usize = 2;
 /// Open axes are so short that a run is estimated to take at most so many multiply-adds, where that is possible.
 const MAX_WORK: u64 = 2_000_000_000;
+/// A sample has at most so many elements, where open axes allow that.
+const MAX_ELEMENTS: u64 = 1 << 20;
 /// Shapes that are looked at for a model that is not run.
 const MAX_LIKELY: usize = 16;
 /// Shapes at which the engine fails before no others are tried; so many if it always says the same.
@@ -176,6 +178,12 @@ fn spelled(dims: impl Iterator<Item = Option<usize>>) -> String {
     if extents.is_empty() { "scalar".to_owned() } else { extents.join("x") }
 }
 
+/// The elements of one sample.
+fn elements(bound: &Bound) -> u64 {
+    let count = |dims: &Vec<usize>| dims.iter().fold(1_u64, |n, &d| n.saturating_mul(d as u64));
+    bound.values().map(count).fold(0, u64::saturating_add)
+}
+
 /// An input that must be fed.
 struct Slot {
     name: String,
@@ -208,7 +216,8 @@ impl Samples {
             let bound = bound(&slots, request, 1, lengths);
             let shapes = Shapes::infer(&model.graph, &bound);
             // The first of the best: larger inputs are likelier to be real ones.
-            let rank = (shapes.is_possible(), work(&model.graph, &shapes) <= MAX_WORK, shapes.known_count());
+            let is_light = work(&model.graph, &shapes) <= MAX_WORK && elements(&bound) <= MAX_ELEMENTS;
+            let rank = (shapes.is_possible(), is_light, shapes.known_count());
             if most.is_none_or(|most| rank > most) {
                 most = Some(rank);
                 best = bound;
@@ -309,8 +318,8 @@ impl<'a> Source<'a> {
                     continue;
                 }
                 let work = work(&model.graph, &shapes);
-                if work > MAX_WORK {
-                    late.push((work, place));
+                if work > MAX_WORK || elements(&bound) > MAX_ELEMENTS {
+                    late.push((work.saturating_add(elements(&bound)), place));
                     continue;
                 }
             }
@@ -463,7 +472,11 @@ impl Slot {
             None if is_float => f64::from(normal(random) as f32),
             None => (a.min(b) + random.next_u64() % (a.abs_diff(b) + 1)) as f64,
         };
-        Value { dims: dims.to_vec(), values: (0..count).map(|_| draw()).collect(), is_float }
+        Value {
+            dims: dims.to_vec(),
+            values: (0..count).map(|_| draw()).collect(),
+            dtype: self.fact.dtype.unwrap_or(DType::Float),
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
         shapes::{Fact, Shapes},
     },
     codec::Model,
-    ir::{DType, Outlet},
+    ir::{DType, Outlet, tensor::is_float},
 };
 
 /// A tensor that a model is fed or makes; the values of every type fit `f64` but for integers beyond 2⁵³.
@@ -32,8 +32,16 @@ pub struct Value {
     pub dims: Vec<usize>,
     /// The elements.
     pub values: Vec<f64>,
+    /// The type of the elements, as far as the engine tells it: floating-point numbers may come in a wider type.
+    pub dtype: DType,
+}
+
+impl Value {
     /// Whether the elements are floating-point numbers, which are compared by distance and not by equality.
-    pub is_float: bool,
+    #[must_use]
+    pub fn is_float(&self) -> bool {
+        is_float(self.dtype)
+    }
 }
 
 /// Why a model could not be run.
@@ -227,7 +235,7 @@ impl Probe {
         let mut take = |place: &Place| match *place {
             Place::Input(i) => sample[i].clone(),
             Place::Output(i) => {
-                std::mem::replace(&mut found[i], Value { dims: vec![], values: vec![], is_float: true })
+                std::mem::replace(&mut found[i], Value { dims: vec![], values: vec![], dtype: DType::Float })
             }
         };
         Ok(self.places.iter().map(&mut take).collect())

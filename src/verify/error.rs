@@ -42,13 +42,13 @@ impl Pooled {
     /// Adds one sample: what was wanted and what was found.
     pub fn add(&mut self, wanted: &Value, found: &Value) {
         self.samples += 1;
-        if wanted.dims != found.dims || wanted.is_float != found.is_float {
+        if wanted.dims != found.dims || wanted.is_float() != found.is_float() {
             self.broken = true;
             self.rounding = f64::INFINITY;
             return;
         }
         let (y, z) = (&wanted.values, &found.values);
-        if !wanted.is_float {
+        if !wanted.is_float() {
             let unequal = y.iter().zip(z).filter(|(a, b)| a != b).count();
             self.discrete_varies |= self.first.as_ref().is_some_and(|first| first != y);
             self.first.get_or_insert_with(|| y.clone());
@@ -166,9 +166,10 @@ fn argmax(values: &[f64]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ir::DType;
 
     fn value(values: &[f64]) -> Value {
-        Value { dims: vec![1, values.len()], values: values.to_vec(), is_float: true }
+        Value { dims: vec![1, values.len()], values: values.to_vec(), dtype: DType::Float }
     }
 
     #[test]
@@ -183,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_sequence_changes_with_any_of_its_rows() {
-        let sequence = |values: &[f64]| Value { dims: vec![1, 2, 2], values: values.to_vec(), is_float: true };
+        let sequence = |values: &[f64]| Value { dims: vec![1, 2, 2], values: values.to_vec(), dtype: DType::Float };
         for (found, flipped) in [([0.9, 0.1, 0.2, 0.8], 0), ([0.9, 0.1, 0.8, 0.2], 1), ([0.1, 0.9, 0.8, 0.2], 1)] {
             let mut pool = Pooled::new(true, 1.0);
             pool.add(&sequence(&[0.7, 0.3, 0.4, 0.6]), &sequence(&found));

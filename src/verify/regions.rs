@@ -92,7 +92,7 @@ fn are_graphs_alike(a: &Graph, b: &Graph, [captured_a, captured_b]: [Captured; 2
     for id in b.order() {
         let equal = classes.same_but_for_bodies(a, b, id).is_some_and(|was| {
             let captured =
-                [classes.outer(a, was, &|v| classes.of_old(v)), classes.outer(b, id, &|v| classes.of_new(v))];
+                [Classes::outer(a, was, &|v| classes.of_old(v)), Classes::outer(b, id, &|v| classes.of_new(v))];
             let bodies = |graph: &Graph, id: NodeId| graph.op(id).map(|op| op.bodies.clone()).unwrap_or_default();
             let mut pairs = bodies(a, was).into_iter().zip(bodies(b, id));
             pairs.all(|(old, new)| are_graphs_alike(&old.graph, &new.graph, captured.clone()))
@@ -113,7 +113,9 @@ fn settled<'a>(graph: &'a Graph, captured: &Captured) -> Cow<'a, Graph> {
         return Cow::Borrowed(graph);
     }
     let mut graph = graph.clone();
-    constants.into_iter().for_each(|(id, tensor)| graph.settle(id, Weight::dense(tensor)));
+    for (id, tensor) in constants {
+        graph.settle(id, Weight::dense(tensor));
+    }
     Cow::Owned(graph)
 }
 
@@ -359,7 +361,9 @@ impl Prover<'_> {
                 for (place, (class, ..)) in inputs.iter().enumerate().rev() {
                     if let Some(tensor) = settled.get(class) {
                         part.settle_input(place, Weight::dense(tensor.clone()));
-                        samples.iter_mut().for_each(|sample| _ = sample.remove(place));
+                        for sample in samples.iter_mut() {
+                            sample.remove(place);
+                        }
                     }
                 }
                 Ok(part)
@@ -382,8 +386,8 @@ impl Prover<'_> {
         (shapes, classes): (&Shapes, &Classes),
     ) -> Result<bool, Cannot> {
         let Some(old) = a.op(was).map(|op| &op.bodies) else { return Ok(false) };
-        let captured_a = classes.outer(a, was, &|value| classes.of_old(value));
-        let captured_b = classes.outer(b, is, &|value| classes.of_new(value));
+        let captured_a = Classes::outer(a, was, &|value| classes.of_old(value));
+        let captured_b = Classes::outer(b, is, &|value| classes.of_new(value));
         let mut all = true;
         for (place, body) in old.iter().enumerate() {
             let Some(slot) = b.bodies_mut(is).get_mut(place) else { return Ok(false) };

@@ -36,7 +36,10 @@ fn every_operator_computes_the_same_after_simplification() {
         let mut twice = Model::decode(simple.encode().into(), None).unwrap();
         pipeline::run(&simplify, &mut twice, &mut Context::default(), Price::default()).unwrap();
         assert_eq!(twice.graph.edits(), 0, "{}: a second run changed something", path.display());
-        assert!(simple.encode().len() <= model.encode().len(), "{}: it is larger", path.display());
+        // A known value in the place of what computes it may take a few bytes more.
+        let removed = model.graph.ops().len().saturating_sub(simple.graph.ops().len());
+        let most = model.encode().len() + 64 * removed;
+        assert!(simple.encode().len() <= most, "{}: it is larger", path.display());
         for model in [&model, &twice] {
             assert_eq!(validity::faults(&model.graph), BTreeSet::new(), "{}", path.display());
         }

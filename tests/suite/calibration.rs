@@ -5,7 +5,7 @@ use nalgebra::DMatrix;
 use onnx_shrink::{
     analysis::{linear::Linear, moments},
     codec::Model,
-    ir::{Graph, Tensor, Weight},
+    ir::{DType, Graph, Tensor, Weight},
     pass::{Context, Minimize, Price, Yardstick},
     pipeline,
     refit::{Fit, Kept, Originals, refit},
@@ -23,7 +23,7 @@ use crate::fixture;
 /// Numbers between -1 and 1.
 fn values(random: &mut Xoshiro256PlusPlus, dims: &[usize]) -> Value {
     let draw = |_| f64::from((random.next_u64() >> 40) as f32 / (1 << 23) as f32 - 1.0);
-    Value { dims: dims.to_vec(), values: (0..dims.iter().product()).map(draw).collect(), is_float: true }
+    Value { dims: dims.to_vec(), values: (0..dims.iter().product()).map(draw).collect(), dtype: DType::Float }
 }
 
 fn samples(count: usize, dims: &[usize]) -> Vec<Vec<Value>> {
@@ -372,7 +372,7 @@ fn a_model_that_is_bound_to_one_size_of_batch_is_told_from_others() {
         text::parse(&text).unwrap()
     };
     let samples: Vec<_> = [1.0, 2.0]
-        .map(|first| vec![Value { dims: vec![1, 4], values: vec![first, 2.0, 3.0, 4.0], is_float: true }])
+        .map(|first| vec![Value { dims: vec![1, 4], values: vec![first, 2.0, 3.0, 4.0], dtype: DType::Float }])
         .to_vec();
     let takes = |body: &str| takes_batches(&Engine::default(), &model(body), &samples);
     assert_eq!(takes(" y = Relu (x)").unwrap(), Some(true));

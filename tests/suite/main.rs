@@ -8,6 +8,7 @@ mod codec;
 mod factor;
 mod models;
 mod passes;
+mod proof;
 mod properties;
 mod readme;
 mod storage;

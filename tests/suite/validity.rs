@@ -77,7 +77,8 @@ fn what_runtimes_refuse_is_found() {
     let faults = |opset: i64, body: &str| {
         let head = format!("<ir_version: 8, opset_import: [\"\": {opset}]>\n");
         let text = format!("{head}g (float[4] x, float16[4] h, bool[4] c, float[4,4] m) => (float[4] y)\n{body}\n");
-        validity::faults(&text::parse(&text).unwrap().graph).into_iter().collect::<Vec<_>>().join("; ")
+        let faults = validity::faults(&text::parse(&text).unwrap().graph);
+        faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     };
     for (opset, body) in [
         (17, "{ y = Where (c, x, x) }"),

@@ -57,7 +57,7 @@ fn both_engines_agree_on_every_model_and_pass_fixture() {
             let runner = Engine::default().prepare(&model, sample).unwrap();
             let other = engine().prepare(&model, sample).unwrap();
             for (a, b) in runner.run(sample).unwrap().iter().zip(&other.run(sample).unwrap()) {
-                assert_eq!((&a.dims, a.is_float), (&b.dims, b.is_float), "{}", path.display());
+                assert_eq!((&a.dims, a.is_float()), (&b.dims, b.is_float()), "{}", path.display());
                 // Infinite values that are the same have no distance.
                 let off = a.values.iter().zip(&b.values).filter(|(x, y)| x != y && !(x.is_nan() && y.is_nan()));
                 let distance: f64 = off.map(|(x, y)| (x - y).powi(2)).sum();

@@ -98,12 +98,12 @@ pub(super) fn cut(
             let wanted = spelled(declared.unwrap_or_default().iter().copied());
             return Err(DataError::WrongShape { name, found: array.dims, wanted });
         }
-        let is_float = slot.fact.dtype.is_some_and(crate::ir::tensor::is_float);
+        let dtype = slot.fact.dtype.unwrap_or(DType::Float);
         let size = dims.iter().product::<usize>();
         // An axis may be of length 0, as that of an empty cache is.
         let count = array.dims.first().map_or(1, |&first| first / group);
         let value =
-            |i: usize| Value { dims: dims.clone(), values: array.values[i * size..(i + 1) * size].to_vec(), is_float };
+            |i: usize| Value { dims: dims.clone(), values: array.values[i * size..(i + 1) * size].to_vec(), dtype };
         let values: Vec<_> = (0..count).map(value).collect();
         if let Some(i) = array.values.iter().position(|value| value.is_nan()) {
             return Err(DataError::NotANumber { name, sample: i / size.max(1) });
@@ -118,4 +118,23 @@ pub(super) fn cut(
         cut.insert(name, values);
     }
     Ok((cut, shortest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{analysis::shapes::Fact, text};
+
+    #[test]
+    fn an_axis_of_samples_may_be_of_length_zero() {
+        let model = text::parse(
+            "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[1,past,4] x) => (float[1,past,4] y)\n{ y = Abs (x) }\n",
+        );
+        let fact = Fact::declared(&model.unwrap().graph.inputs()[0].info);
+        let slot = Slot { name: "x".into(), fact, axes: vec![], batches: vec![0], below: 1, compared: vec![] };
+        let array = Array { dims: vec![8, 0, 4], values: vec![] };
+        let (cut, count) = cut(&[slot], [("x".to_owned(), array)].into()).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(count, 8);
+        assert!(cut["x"].iter().all(|value| value.dims == [1, 0, 4]));
+    }
 }

@@ -73,5 +73,5 @@ fn tensor(value: &Value, dtype: DType) -> Option<Tensor> {
 fn value(tensor: &Tensor) -> Option<Value> {
     let is_float = is_float(tensor.dtype());
     let values = if is_float { tensor.f64s()? } else { tensor.i64s()?.into_iter().map(|v| v as f64).collect() };
-    Some(Value { dims: tensor.dims().to_vec(), values, is_float })
+    Some(Value { dims: tensor.dims().to_vec(), values, dtype: tensor.dtype() })
 }

@@ -57,13 +57,12 @@ fn of_shape(graph: &mut Graph, shapes: &Shapes, node: NodeId, slot: u32, wanted:
     }
     let constant = graph.constant(value).and_then(|tensor| tensor.reshape(wanted));
     let name = format!("{}.reshaped", graph.name(value));
-    let value = match constant {
-        Some(tensor) => graph.add_const(Weight::dense(tensor), &name),
-        None => {
-            let extents: Vec<i64> = wanted.iter().map(|&extent| extent as i64).collect();
-            let target = graph.add_const(Weight::dense(Tensor::i64(&[extents.len()], &extents)), &name);
-            graph.add_op(Op::new("Reshape"), &[Some(value), Some(target)], &[&name], node).out()
-        }
+    let value = if let Some(tensor) = constant {
+        graph.add_const(Weight::dense(tensor), &name)
+    } else {
+        let extents: Vec<i64> = wanted.iter().map(|&extent| extent as i64).collect();
+        let target = graph.add_const(Weight::dense(Tensor::i64(&[extents.len()], &extents)), &name);
+        graph.add_op(Op::new("Reshape"), &[Some(value), Some(target)], &[&name], node).out()
     };
     graph.set_operand(node, slot, Some(value));
 }
@@ -98,16 +97,13 @@ fn gemm(graph: &mut Graph, node: NodeId, dtype: DType) -> Option<()> {
         return Some(());
     }
     let product = graph.add_op(product, &[Some(a), Some(b)], &[&name], node).out();
-    match bias {
-        Some(bias) => {
-            let product = scaled(graph, product, alpha)?;
-            graph.replace_op(node, Op::new("Add"), &[product, bias]);
-        }
-        None => {
-            let scale = Tensor::floats(dtype, &[], &[f64::from(alpha)])?;
-            let scale = graph.add_const(Weight::dense(scale), &name);
-            graph.replace_op(node, Op::new("Mul"), &[product, scale]);
-        }
+    if let Some(bias) = bias {
+        let product = scaled(graph, product, alpha)?;
+        graph.replace_op(node, Op::new("Add"), &[product, bias]);
+    } else {
+        let scale = Tensor::floats(dtype, &[], &[f64::from(alpha)])?;
+        let scale = graph.add_const(Weight::dense(scale), &name);
+        graph.replace_op(node, Op::new("Mul"), &[product, scale]);
     }
     Some(())
 }

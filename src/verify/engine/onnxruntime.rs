@@ -118,26 +118,26 @@ fn input(value: &Value, dtype: DType) -> anyhow::Result<SessionInputValue<'stati
 fn output(value: &DynValue) -> anyhow::Result<Value> {
     let ValueType::Tensor { ty, .. } = value.dtype() else { anyhow::bail!("an output is not a tensor") };
     macro_rules! read {
-        ($t:ty, $is_float:expr, $convert:expr) => {{
+        ($t:ty, $dtype:expr, $convert:expr) => {{
             let (shape, values) = value.try_extract_tensor::<$t>()?;
             let dims = shape.iter().map(|&d| d as usize).collect();
-            Value { dims, values: values.iter().copied().map($convert).collect(), is_float: $is_float }
+            Value { dims, values: values.iter().copied().map($convert).collect(), dtype: $dtype }
         }};
     }
     Ok(match ty {
-        TensorElementType::Float32 => read!(f32, true, f64::from),
-        TensorElementType::Float64 => read!(f64, true, |v| v),
-        TensorElementType::Float16 => read!(f16, true, f16::to_f64),
-        TensorElementType::Bfloat16 => read!(bf16, true, bf16::to_f64),
-        TensorElementType::Int64 => read!(i64, false, |v| v as f64),
-        TensorElementType::Uint64 => read!(u64, false, |v| v as f64),
-        TensorElementType::Int32 => read!(i32, false, f64::from),
-        TensorElementType::Uint32 => read!(u32, false, f64::from),
-        TensorElementType::Int16 => read!(i16, false, f64::from),
-        TensorElementType::Uint16 => read!(u16, false, f64::from),
-        TensorElementType::Int8 => read!(i8, false, f64::from),
-        TensorElementType::Uint8 => read!(u8, false, f64::from),
-        TensorElementType::Bool => read!(bool, false, |v| f64::from(u8::from(v))),
+        TensorElementType::Float32 => read!(f32, DType::Float, f64::from),
+        TensorElementType::Float64 => read!(f64, DType::Double, |v| v),
+        TensorElementType::Float16 => read!(f16, DType::Float16, f16::to_f64),
+        TensorElementType::Bfloat16 => read!(bf16, DType::Bfloat16, bf16::to_f64),
+        TensorElementType::Int64 => read!(i64, DType::Int64, |v| v as f64),
+        TensorElementType::Uint64 => read!(u64, DType::Uint64, |v| v as f64),
+        TensorElementType::Int32 => read!(i32, DType::Int32, f64::from),
+        TensorElementType::Uint32 => read!(u32, DType::Uint32, f64::from),
+        TensorElementType::Int16 => read!(i16, DType::Int16, f64::from),
+        TensorElementType::Uint16 => read!(u16, DType::Uint16, f64::from),
+        TensorElementType::Int8 => read!(i8, DType::Int8, f64::from),
+        TensorElementType::Uint8 => read!(u8, DType::Uint8, f64::from),
+        TensorElementType::Bool => read!(bool, DType::Bool, |v| f64::from(u8::from(v))),
         other => anyhow::bail!("an output is of {other:?}, which can't be compared"),
     })
 }

@@ -89,6 +89,24 @@ fn datum(dtype: DType) -> Option<DatumType> {
     })
 }
 
+/// The type of a tensor that tract makes; symbols of dimensions count as integers.
+fn dtype(datum: DatumType) -> DType {
+    const KNOWN: &[DType] = &[
+        DType::Float,
+        DType::Double,
+        DType::Float16,
+        DType::Int32,
+        DType::Int16,
+        DType::Int8,
+        DType::Uint8,
+        DType::Uint16,
+        DType::Uint32,
+        DType::Uint64,
+        DType::Bool,
+    ];
+    KNOWN.iter().copied().find(|&dtype| self::datum(dtype) == Some(datum)).unwrap_or(DType::Int64)
+}
+
 fn tensor(value: &Value, dtype: DType) -> TractResult<Tensor> {
     if dtype == DType::Bool {
         let values: Vec<bool> = value.values.iter().map(|&v| v != 0.0).collect();
@@ -103,10 +121,10 @@ fn tensor(value: &Value, dtype: DType) -> TractResult<Tensor> {
 }
 
 fn from_tensor(tensor: &Tensor) -> TractResult<Value> {
-    let is_float = tensor.datum_type().is_float();
+    let dtype = dtype(tensor.datum_type());
     let cast = tensor.cast_to::<f64>()?;
     let values = cast.to_plain_array_view::<f64>()?.iter().copied().collect();
-    Ok(Value { dims: tensor.shape().to_vec(), values, is_float })
+    Ok(Value { dims: tensor.shape().to_vec(), values, dtype })
 }
 
 /// Refuses what tract 0.23 is known to compute wrongly without saying so.

@@ -185,12 +185,7 @@ impl Classes {
     }
 
     /// What the values that a node captures are, by number.
-    pub(super) fn outer(
-        &self,
-        graph: &Graph,
-        node: NodeId,
-        class: &dyn Fn(Outlet) -> Option<usize>,
-    ) -> BTreeMap<u32, Outer> {
+    pub(super) fn outer(graph: &Graph, node: NodeId, class: &dyn Fn(Outlet) -> Option<usize>) -> BTreeMap<u32, Outer> {
         let outer = |(number, value): (u32, Outlet)| {
             let constant = graph.constant(value).cloned();
             Some((number, Outer { class: class(value)?, constant }))

@@ -47,7 +47,7 @@ impl Feeds {
                 let drawn = draw();
                 known.get(i).copied().flatten().map_or(drawn, |known| known as f64)
             };
-            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(&mut element).collect(), is_float };
+            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(&mut element).collect(), dtype };
             (dtype, (0..RUNS).map(|_| one()).collect())
         });
         &entry.1
