@@ -86,12 +86,15 @@ fn main() -> ExitCode {
         if error.downcast_ref::<CodecError>().is_some_and(|error| matches!(error, CodecError::Interrupted)) {
             return ExitCode::from(exit::INTERRUPTED);
         }
-        eprintln!("error: {}", chain(&error));
-        let not_verified = error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_verification)
+        let refusal = error.downcast_ref::<Refusal>();
+        let remedies = refusal.map(|refusal| refusal.remedies.join(", ")).filter(|remedies| !remedies.is_empty());
+        eprintln!("error: {}{}", chain(&error), remedies.map_or_else(String::new, |remedies| format!("; {remedies}")));
+        let shrink_error = refusal.map(|refusal| &refusal.error);
+        let not_verified = shrink_error.is_some_and(ShrinkError::is_verification)
             || error.downcast_ref::<Cannot>().is_some()
             || error.downcast_ref::<Refused>().is_some();
         let usage = error.downcast_ref::<Usage>().is_some()
-            || error.downcast_ref::<ShrinkError>().is_some_and(ShrinkError::is_usage)
+            || shrink_error.is_some_and(ShrinkError::is_usage)
             || error.downcast_ref::<DataError>().is_some_and(DataError::is_usage);
         ExitCode::from(match () {
             () if usage => exit::USAGE,
@@ -110,6 +113,15 @@ struct Usage(String);
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Refused(String);
+
+/// Why nothing was written, and what can be done about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+struct Refusal {
+    remedies: Vec<&'static str>,
+    #[source]
+    error: ShrinkError,
+}
 
 /// The messages of an error and its causes; one that repeats its cause is left out.
 fn chain(error: &anyhow::Error) -> String {
@@ -163,8 +175,9 @@ fn run(options: &Shrink, interrupt: &Interrupt) -> anyhow::Result<ExitCode> {
         warn: if options.quiet { |_| {} } else { |warning| eprintln!("warning: {warning}") },
     };
     let bar = progress(options.quiet);
-    let (result, mut report) = shrink(&model, &job, &mut |what| bar.set_message(what.to_owned()))?;
+    let shrunk = shrink(&model, &job, &mut |what| bar.set_message(what.to_owned()));
     bar.finish_and_clear();
+    let (result, mut report) = shrunk.map_err(|error| Refusal { remedies: error.remedies(&job), error })?;
     let before = match &options.output {
         Some(output) if output.as_os_str() != "-" => {
             report.after.bytes = size_at(&result, output)?;

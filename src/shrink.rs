@@ -152,10 +152,10 @@ pub enum ShrinkError {
     #[error(transparent)]
     Data(#[from] DataError),
     /// The model can't be run.
-    #[error("could not verify; {HINT}")]
+    #[error("the result could not be verified")]
     Cannot(#[from] Cannot),
     /// The model can't be run, for a reason found while the samples were made.
-    #[error("could not verify: {0}; {HINT}")]
+    #[error("the result could not be verified, since the model can't be run: {0}")]
     Unrunnable(String),
     /// Changes that would have to be taken back.
     #[error(
@@ -164,8 +164,8 @@ pub enum ShrinkError {
     Unproven(String),
     /// The inputs do not exercise any output.
     #[error(
-        "could not verify: no output varies over the samples by more than a thousandth of one and of its size, or what varies is not a \
-         number, so that any error would go unseen; give real inputs with --data, look for NaN in the weights, or use --no-verify to write the result anyway"
+        "the result could not be verified: no output varies over the samples by more than a thousandth of one and of its size, or what varies is not a \
+         number, so that any error would go unseen; look for NaN in the weights"
     )]
     Flat,
     /// The result differs without measure.
@@ -252,10 +252,23 @@ pub enum ShrinkError {
     },
 }
 
-/// What helps when a model can't be run.
-const HINT: &str = "--engine onnxruntime runs more models than tract, --data gives real inputs, and --no-verify writes the result anyway";
-
 impl ShrinkError {
+    /// What a person who asked for `job` can do about it, other than what is done already.
+    #[must_use]
+    pub fn remedies(&self, job: &Job) -> Vec<&'static str> {
+        let is_unrun = matches!(self, Self::Cannot(_) | Self::Unrunnable(_));
+        let is_unverified = is_unrun || matches!(self, Self::Flat);
+        let is_given = job.request.data.is_some();
+        let has_shapes = is_given || !job.request.shapes.is_empty() || !job.request.fixed.is_empty();
+        let remedies = [
+            (is_unrun && !job.request.engine.is_onnxruntime(), "--engine onnxruntime runs more models than tract"),
+            (is_unrun && !has_shapes, "--shape NAME=DIMS and --input NAME=VALUE say what an input is like"),
+            (is_unverified && !is_given, "--data gives real inputs"),
+            (is_unverified && job.verify, "--no-verify writes the result anyway"),
+        ];
+        remedies.into_iter().filter(|(applies, _)| *applies).map(|(_, remedy)| remedy).collect()
+    }
+
     /// Whether the job asks for what can't be done.
     #[must_use]
     pub fn is_usage(&self) -> bool {

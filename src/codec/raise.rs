@@ -1,6 +1,6 @@
 //! Recognising weights that a file makes of integers: what [`lower`](super::lower) writes, and what other tools do.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Model,
@@ -50,6 +50,7 @@ fn hashes(graph: &Graph, is_wanted: &dyn Fn(&Weight) -> bool) -> BTreeSet<u64> {
 
 /// See [`Model::raise`]; `before` is `graph` as the file has it.
 pub(crate) fn raise(graph: &mut Graph, before: &Graph) {
+    let mut known = BTreeMap::new();
     for id in graph.ops() {
         if graph.op(id).is_none()
             || graph.is_output(id.out())
@@ -58,7 +59,15 @@ pub(crate) fn raise(graph: &mut Graph, before: &Graph) {
         {
             continue;
         }
+        // What several nodes make of the same constants is one weight.
+        let made = graph.op(id).and_then(Op::signature).map(|signature| (signature, graph.operands(id)));
+        if let Some(&first) = made.as_ref().and_then(|made| known.get(made)) {
+            graph.replace_uses(id.out(), first);
+            graph.sweep(id);
+            continue;
+        }
         let Some(weight) = recognised(graph, id) else { continue };
+        known.extend(made.map(|made| (made, id.out())));
         // Nodes that read a stored weight are no spelling by themselves: that would have to be spelled first.
         let spelling = before.extract(&[], &[id.out()]).filter(|spelling| !is_any_stored(spelling));
         let weight = match spelling {
@@ -136,7 +145,11 @@ fn recognised(graph: &Graph, node: NodeId) -> Option<Weight> {
             let codes = places.codes(&tile, false)?;
             Weight::stored(Storage::Codebook(Codebook::new(codes, tables)?))
         }
-        "Reshape" | "Transpose" | "Identity" => moved(graph, node),
+        // What something else reads as it is stays one weight.
+        "Reshape" | "Transpose" | "Identity" => {
+            graph.sole_use(operand(0)?)?;
+            moved(graph, node)
+        }
         _ => None,
     }
 }

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 
 use crate::{
     analysis::shapes::{Fact, Shapes},
-    ir::{DType, Graph, Kind, NodeId, Op, Outlet},
+    ir::{DType, Graph, Inlet, Kind, NodeId, Op, Outlet, Tensor},
     pass::{Context, Declare, Fidelity, Pass, everywhere, everywhere_shaped},
 };
 
 /// Merge equal constants, operators that compute the same from the same inputs, and shapes that are known to be equal.
 ///
-/// Constants are equal when type, shape and every bit agree; those of eight bits that kernels of integers read are left alone. Operators that draw random numbers are left alone.
+/// Constants are equal when type, shape and every bit agree; a large matrix that is another one transposed becomes that, transposed by the
+/// `Gemm` that reads it or by a `Transpose`, which runtimes fold. Those of eight bits that kernels of integers read are left alone. Operators that draw random numbers are left alone.
 ///
 /// Fidelity: exact.
 #[derive(Debug, clap::Parser)]
@@ -26,7 +27,7 @@ impl Pass for Dedupe {
     fn run(&self, graph: &mut Graph, cx: &mut Context) -> anyhow::Result<()> {
         let (mut constants, mut operators) = (0, 0);
         everywhere(graph, &mut |graph| {
-            constants += merge_constants(graph);
+            constants += merge_constants(graph) + share_transposed(graph);
             operators += merge_operators(graph);
         });
         cx.add("constants merged", constants);
@@ -76,6 +77,86 @@ fn merge_constants(graph: &mut Graph) -> usize {
         }
     }
     merged
+}
+
+/// Matrices of fewer bytes are not compared with others transposed.
+const FEWEST_TRANSPOSED: usize = 1 << 14;
+/// Elements that are compared before all are.
+const SAMPLED: usize = 61;
+
+/// Keeps of two large matrices that are each other's transposes one.
+fn share_transposed(graph: &mut Graph) -> usize {
+    let is_matrix = |id: &NodeId| {
+        graph.weight(id.out()).is_some_and(|weight| {
+            let tensor = weight.value();
+            !weight.is_stored() && tensor.dims().len() == 2 && tensor.byte_len() >= FEWEST_TRANSPOSED
+        })
+    };
+    let candidates: Vec<_> = graph.order().into_iter().filter(is_matrix).collect();
+    let mut kept: HashMap<(usize, usize), Vec<NodeId>> = HashMap::new();
+    let mut shared = 0;
+    for id in candidates {
+        let Some(tensor) = graph.constant(id.out()) else { continue };
+        let (rows, columns) = (tensor.dims()[0], tensor.dims()[1]);
+        let twin = kept
+            .get(&(columns, rows))
+            .into_iter()
+            .flatten()
+            .copied()
+            .find(|twin| graph.constant(twin.out()).is_some_and(|twin| is_transpose(twin, tensor)));
+        let is_free = !graph.is_output(id.out()) && !graph.is_pinned(id.out());
+        let Some(twin) = twin.filter(|_| is_free) else {
+            kept.entry((rows, columns)).or_default().push(id);
+            continue;
+        };
+        read_transposed(graph, id, twin);
+        shared += 1;
+    }
+    shared
+}
+
+/// Whether `b` is `a` with rows as columns, bit for bit.
+fn is_transpose(a: &Tensor, b: &Tensor) -> bool {
+    let (rows, columns) = (a.dims()[0], a.dims()[1]);
+    let width = a.byte_len() / a.len().max(1);
+    if a.dtype() != b.dtype() || width * a.len() != a.byte_len() || a.len() != b.len() || width == 0 {
+        return false;
+    }
+    let (a, b) = (a.bytes(), b.bytes());
+    let same = |place: usize| {
+        let (row, column) = (place / columns, place % columns);
+        let turned = column * rows + row;
+        a[place * width..(place + 1) * width] == b[turned * width..(turned + 1) * width]
+    };
+    let step = (rows * columns / SAMPLED).max(1);
+    (0..rows * columns).step_by(step).all(same) && (0..rows * columns).all(same)
+}
+
+/// Has whatever reads the constant at `id` read `twin` transposed.
+fn read_transposed(graph: &mut Graph, id: NodeId, twin: NodeId) {
+    for (reader, inlet) in graph.uses(id.out()) {
+        let flag = match inlet {
+            Inlet::Slot(0) => "transA",
+            Inlet::Slot(1) => "transB",
+            _ => continue,
+        };
+        if graph.op_of(reader, "Gemm").is_none() {
+            continue;
+        }
+        let Inlet::Slot(slot) = inlet else { continue };
+        graph.edit_op(reader, |op| {
+            let flagged = op.int(flag).unwrap_or(0);
+            *op = std::mem::take(op).with_int(flag, i64::from(flagged == 0));
+        });
+        graph.set_operand(reader, slot, Some(twin.out()));
+    }
+    if let Some(near) = graph.uses(id.out()).first().map(|(reader, _)| *reader) {
+        let transpose = Op::new("Transpose").with_ints("perm", &[1, 0]);
+        let name = graph.name(id.out()).to_owned();
+        let turned = graph.add_op(transpose, &[Some(twin.out())], &[&name], near);
+        graph.replace_uses(id.out(), turned.out());
+    }
+    graph.sweep(id);
 }
 
 /// Whether kernels of integers read the constant at `id`: onnxruntime writes others in the place of some, and fails where they are shared.

@@ -19,7 +19,7 @@ use crate::{
 /// Of a person's samples, so many are enough to show that only rounding differs.
 const MAX_SAMPLES: usize = 16;
 /// Models of more bytes are compared region by region, where no data is given: each engine keeps copies of all weights.
-const MAX_WHOLE_BYTES: usize = 256 << 20;
+const MAX_WHOLE_BYTES: usize = 100 << 20;
 /// Models whose run takes more multiply-adds are, too.
 const MAX_WHOLE_WORK: u64 = 8_000_000_000;
 /// Changes that were taken back that are named.

@@ -178,6 +178,15 @@ fn spelled(dims: impl Iterator<Item = Option<usize>>) -> String {
     if extents.is_empty() { "scalar".to_owned() } else { extents.join("x") }
 }
 
+/// Why the model does not run at these shapes.
+fn told(bound: &Bound, why: &Cannot) -> String {
+    const NAMED: usize = 4;
+    let shape = |(name, dims): (&String, &Vec<usize>)| format!("{name}={}", spelled(dims.iter().map(|&d| Some(d))));
+    let shapes: Vec<_> = bound.iter().take(NAMED).map(shape).collect();
+    let more = if bound.len() > NAMED { ", …" } else { "" };
+    format!("{why}, at input shapes {}{more}", shapes.join(", "))
+}
+
 /// The elements of one sample.
 fn elements(bound: &Bound) -> u64 {
     let count = |dims: &Vec<usize>| dims.iter().fold(1_u64, |n, &d| n.saturating_mul(d as u64));
@@ -307,7 +316,7 @@ impl<'a> Source<'a> {
     pub fn gather(self, model: &Model, few: bool) -> Samples {
         let open = OpenAxes::of(&self.slots, self.request);
         let tries = open.tries();
-        let mut failures: Vec<String> = Vec::new();
+        let (mut failures, mut reasons) = (Vec::new(), Vec::new());
         // Shapes that take too long come last, the shortest first.
         let mut late = Vec::new();
         for (place, lengths) in tries.iter().enumerate() {
@@ -327,9 +336,10 @@ impl<'a> Source<'a> {
                 Ok(samples) => return samples,
                 Err(why) => {
                     let is_final = matches!(why, Cannot::Unsound { .. }) || failures.len() >= MAX_FAILURES;
-                    failures.push(why.to_string());
+                    failures.push(told(&bound, &why));
                     // Where the lengths make no difference, others need not be tried.
-                    let alike = failures.len() > ALIKE_FAILURES && failures.windows(2).all(|pair| pair[0] == pair[1]);
+                    reasons.push(why.to_string());
+                    let alike = reasons.len() > ALIKE_FAILURES && reasons.windows(2).all(|pair| pair[0] == pair[1]);
                     if is_final || alike {
                         late.clear();
                         break;
@@ -341,7 +351,7 @@ impl<'a> Source<'a> {
         for (_, place) in late.into_iter().take(MAX_LATE) {
             match self.try_shapes(model, (&open, &tries[place]), few) {
                 Ok(samples) => return samples,
-                Err(why) => failures.push(why.to_string()),
+                Err(why) => failures.push(told(&self.bound(1, &tries[place]), &why)),
             }
         }
         let bound = Samples::likely_shapes(model, self.request);

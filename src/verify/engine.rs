@@ -140,6 +140,12 @@ impl Engine {
         Ok(Self { onnxruntime: Some(onnxruntime::Library::load(path)?), ..Self::default() })
     }
 
+    /// Whether it is ONNX Runtime, and not tract.
+    #[must_use]
+    pub fn is_onnxruntime(&self) -> bool {
+        self.onnxruntime.is_some()
+    }
+
     /// The same engine for files as they will be written, weights in the operators that they are stored by; `None` for tract,
     /// which lacks some of these.
     #[must_use]
@@ -335,7 +341,7 @@ fn guarded<T, E: fmt::Display>(engine: &'static str, f: impl FnOnce() -> Result<
     let why = match result {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => Cow::Owned(format!("{error:#}")),
-        Err(_) => Cow::Borrowed("it panicked"),
+        Err(_) => Cow::Borrowed("it fails without saying why"),
     };
     Err(Cannot::Engine { engine, why: why.into_owned() })
 }

@@ -133,7 +133,12 @@ fn preflight(graph: &Graph) -> Result<(), Cannot> {
         let Some(op) = graph.op(id) else { continue };
         let shifts = op.is("BitShift") && graph.operand(id, 1).is_none_or(|by| graph.constant(by).is_none());
         if let Some(why) = unsound(op).or(shifts.then_some("tract computes some shifts by amounts that vary wrongly")) {
-            return Err(Cannot::Unsound { node: graph.label(id).to_owned(), op: op.op_type().to_owned(), why });
+            let op = if op.domain().is_empty() {
+                op.op_type().to_owned()
+            } else {
+                format!("{}.{}", op.domain(), op.op_type())
+            };
+            return Err(Cannot::Unsound { node: graph.label(id).to_owned(), op, why });
         }
         for body in &op.bodies {
             preflight(&body.graph)?;
@@ -144,7 +149,7 @@ fn preflight(graph: &Graph) -> Result<(), Cannot> {
 
 fn unsound(op: &Op) -> Option<&'static str> {
     let Some(kind) = op.standard() else {
-        return Some("tract ignores the domain of an operator and would run the standard one of that name");
+        return Some("tract knows no operators of this domain");
     };
     match kind {
         "LSTM" | "GRU" | "RNN" if op.string("direction") == Some("reverse") => {
