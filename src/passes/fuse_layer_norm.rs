@@ -11,7 +11,7 @@ use crate::{
 /// Spell a layer normalization that an exporter took apart as one `LayerNormalization` (Ba 2016).
 ///
 /// (x − mean) ÷ √(variance + ε) · scale + bias over the last axes, from opset 17; also with the reciprocal of the root, and without scale or
-/// bias.
+/// bias. Without the mean, one `RMSNormalization` (Zhang 2019), from opset 23.
 ///
 /// Applies when: ε is a number, the scale and the bias have the normalized shape, and nothing else reads what is in between.
 ///
@@ -50,11 +50,16 @@ fn mean(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<(Outlet, usize)
     axes.into_iter().eq(first..rank).then_some((x, first))
 }
 
+/// The operator set that `RMSNormalization` came with.
+const RMS_NORM: i64 = 23;
+
 /// A normalization without scale and bias.
 struct Normalized {
     x: Outlet,
     first: usize,
     epsilon: f64,
+    /// The operator that does it.
+    kind: &'static str,
 }
 
 impl Normalized {
@@ -67,12 +72,10 @@ impl Normalized {
             graph.op_of(inverse.node, "Reciprocal")?;
             (centred, Some(inverse), graph.operand(inverse.node, 0)?)
         };
-        let (x, average) = pair(graph, centred, "Sub")?;
-        let (averaged, first) = mean(graph, shapes, average)?;
         let shifted = graph.op_of(deviation.node, "Sqrt").and_then(|_| graph.operand(deviation.node, 0))?;
         let (a, b) = pair(graph, shifted, "Add")?;
         let (variance, epsilon) = number(graph, b).map(|e| (a, e)).or_else(|| Some((b, number(graph, a)?)))?;
-        let (squares, over) = mean(graph, shapes, variance)?;
+        let (squares, first) = mean(graph, shapes, variance)?;
         let (base, exponent) = pair(graph, squares, "Pow").or_else(|| pair(graph, squares, "Mul"))?;
         let squared = base == centred
             && if graph.op_of(squares.node, "Mul").is_some() {
@@ -80,13 +83,26 @@ impl Normalized {
             } else {
                 number(graph, exponent) == Some(2.0)
             };
+        let between = [deviation, shifted, variance, squares].into_iter().chain(inverse);
+        let alone = between.clone().all(|v| graph.sole_use(v).is_some());
+        let pinned = between.chain([value]).any(|v| graph.is_pinned(v));
+        if !squared || !alone || pinned || epsilon <= 0.0 {
+            return None;
+        }
         // The centred values are read once by the quotient, and once or twice to be squared.
         let inside = graph.uses(centred).iter().all(|(reader, _)| [value.node, squares.node].contains(reader));
-        let between = [average, deviation, shifted, variance, squares].into_iter().chain(inverse);
-        let alone = between.clone().all(|v| graph.sole_use(v).is_some());
-        let pinned = between.chain([value, centred]).any(|v| graph.is_pinned(v));
-        let fits = squared && inside && alone && !pinned && !graph.is_output(centred);
-        (fits && averaged == x && over == first && epsilon > 0.0).then_some(Self { x, first, epsilon })
+        let inside = inside && !graph.is_pinned(centred) && !graph.is_output(centred);
+        let mean_of = |(x, average): (Outlet, Outlet)| {
+            let is_mean = mean(graph, shapes, average) == Some((x, first));
+            let alone = graph.sole_use(average).is_some() && !graph.is_pinned(average);
+            (is_mean && alone).then_some(x)
+        };
+        match pair(graph, centred, "Sub").filter(|_| inside).and_then(mean_of) {
+            Some(x) => Some(Self { x, first, epsilon, kind: "LayerNormalization" }),
+            None => {
+                (graph.opset() >= RMS_NORM).then_some(Self { x: centred, first, epsilon, kind: "RMSNormalization" })
+            }
+        }
     }
 }
 
@@ -108,15 +124,15 @@ fn parameter(
 
 /// Makes the normalized value at `node`, and the product with its scale and the sum with the bias after it, one operator.
 fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
-    graph.op(node)?.standard().filter(|kind| matches!(*kind, "Div" | "Mul") && graph.opset() >= 17)?;
-    let Normalized { x, first, epsilon } = Normalized::of(graph, shapes, node.out())?;
+    graph.op(node)?.standard().filter(|op| matches!(*op, "Div" | "Mul") && graph.opset() >= 17)?;
+    let Normalized { x, first, epsilon, kind } = Normalized::of(graph, shapes, node.out())?;
     let rank = shapes.rank(x)?;
     if shapes.fact(x)?.dtype != Some(DType::Float) {
         return None;
     }
     let scaled = parameter(graph, shapes, (node.out(), "Mul"), (x, first));
     let before = scaled.map_or(node, |(scaled, _)| scaled);
-    let shifted = parameter(graph, shapes, (before.out(), "Add"), (x, first));
+    let shifted = parameter(graph, shapes, (before.out(), "Add"), (x, first)).filter(|_| kind == "LayerNormalization");
     let last = shifted.map_or(before, |(shifted, _)| shifted);
     let scale = if let Some((_, scale)) = scaled {
         scale
@@ -126,7 +142,7 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         let name = format!("{}.scale", graph.name(last.out()));
         graph.add_const(Weight::dense(ones), &name)
     };
-    let op = Op::new("LayerNormalization").with_int("axis", first as i64 - rank as i64);
+    let op = Op::new(kind).with_int("axis", first as i64 - rank as i64);
     let op = op.with_float("epsilon", epsilon as f32).in_place_of(graph.op(last)?);
     let operands: Vec<_> = [x, scale].into_iter().chain(shifted.map(|(_, bias)| bias)).collect();
     graph.replace_op(last, op, &operands);

@@ -1,7 +1,7 @@
 //! See [`FuseMovement`].
 
 use crate::{
-    analysis::shapes::Shapes,
+    analysis::shapes::{Shapes, Term},
     eval::axis,
     ir::{Graph, NodeId, Op, Outlet, Tensor, Weight},
     pass::{Context, Declare, Fidelity, Pass, rewrite_shaped},
@@ -45,6 +45,7 @@ fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         ("Transpose", "Transpose") => transpose(graph, shapes, &chain),
         ("Reshape" | "Flatten" | "Squeeze" | "Unsqueeze", "Reshape") => reshape(graph, shapes, &chain),
         ("Squeeze" | "Unsqueeze", "Squeeze" | "Unsqueeze") => squeeze(graph, shapes, &chain),
+        ("Reshape" | "Flatten", "Flatten" | "Squeeze" | "Unsqueeze") => reshape_once(graph, shapes, &chain),
         ("Gather", "Unsqueeze") => pick(graph, shapes, &chain),
         ("Slice", "Slice") => slice(graph, shapes, &chain),
         _ => None,
@@ -112,10 +113,34 @@ fn transpose(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
 /// A `Reshape` to a shape that does not ask for the extents of its operand reads what the first one reads.
 fn reshape(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
     let target = shapes.argument(graph, chain.second, "shape", 1)?;
-    if target.contains(&0) || !chain.alone {
+    let middle = graph.operand(chain.second, 0)?;
+    let same = |axis: usize| {
+        let extent = |value: Outlet| shapes.dims(value)?.get(axis).copied().flatten();
+        extent(middle).is_some() && extent(middle) == extent(chain.source)
+    };
+    // With `allowzero`, a zero is a length.
+    let copying = graph.op(chain.second)?.int("allowzero") != Some(1) || !target.contains(&0);
+    let copies = copying && (0..target.len()).filter(|&axis| target[axis] == 0).all(same);
+    if !copies || !chain.alone {
         return None;
     }
     chain.skip(graph);
+    Some(())
+}
+
+/// What is reshaped twice is so once, if all extents of the result but one are known.
+fn reshape_once(graph: &mut Graph, shapes: &Shapes, chain: &Chain) -> Option<()> {
+    let value = chain.second.out();
+    let extents: Vec<_> = shapes.dims(value)?.iter().map(|d| d.and_then(Term::extent).map(|d| d as i64)).collect();
+    let one_open = extents.iter().filter(|extent| extent.is_none()).count() <= 1;
+    if !chain.alone || !one_open || extents.contains(&Some(0)) || graph.opset() < 5 {
+        return None;
+    }
+    let target: Vec<i64> = extents.into_iter().map(|extent| extent.unwrap_or(-1)).collect();
+    let name = format!("{}.{}", graph.name(value), FuseMovement::NAME);
+    let target = graph.add_const(Weight::dense(Tensor::i64(&[target.len()], &target)), &name);
+    let op = Op::new("Reshape").in_place_of(graph.op(chain.second)?);
+    graph.replace_op(chain.second, op, &[chain.source, target]);
     Some(())
 }
 

@@ -3,7 +3,11 @@
 mod npz;
 mod tries;
 
-use std::{collections::BTreeMap, io, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::PathBuf,
+};
 
 use rand_core::{Rng, SeedableRng};
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -19,7 +23,7 @@ use crate::{
         shapes::{Fact, Shapes},
     },
     codec::Model,
-    ir::{DType, Graph, Inlet, Op, Outlet},
+    ir::{DType, Graph, Inlet, NodeId, Op, Outlet},
     linalg::normal,
     proto::{
         TypeProto, ValueInfoProto,
@@ -201,7 +205,6 @@ struct Slot {
     axes: Vec<String>,
     /// Axes that are called like the first axis of some input: batches.
     batches: Vec<usize>,
-    below: usize,
     /// The numbers that it is compared with.
     compared: Vec<f64>,
 }
@@ -389,7 +392,7 @@ impl<'a> Source<'a> {
         };
         let runs = |bound: &Bound| {
             engine.check_memory(model, bound, count)?;
-            let one = self.draw(std::slice::from_ref(bound), 1);
+            let one = self.draw(model, std::slice::from_ref(bound), 1);
             engine.prepare(model, one.first().ok_or(Cannot::NoSamples)?)
         };
         runs(&main)?;
@@ -401,7 +404,7 @@ impl<'a> Source<'a> {
         };
         let other = others.into_iter().filter(is_likely).find(|bound| runs(bound).is_ok());
         let bounds: Vec<_> = std::iter::once(main.clone()).chain(other.clone()).collect();
-        let all = self.telling(model, &bounds, count).unwrap_or_else(|| self.draw(&bounds, count));
+        let all = self.telling(model, &bounds, count).unwrap_or_else(|| self.draw(model, &bounds, count));
         let (ignored, drawn) = (self.ignored.clone(), self.drawn.clone());
         Ok(Samples { all, random: is_random, bound: main, other, unrunnable: None, ignored, drawn })
     }
@@ -423,23 +426,34 @@ impl<'a> Source<'a> {
         if !self.compares() {
             return None;
         }
-        let mut samples = self.draw(bounds, count);
+        let mut samples = self.draw(model, bounds, count);
         self.take_compared(&mut samples);
         let runs = |sample: &Vec<Value>| self.request.engine.prepare(model, sample).is_ok();
         samples.iter().skip(COMPARED_PERIOD / 2).step_by(2).take(bounds.len()).all(runs).then_some(samples)
     }
 
     /// Samples of the shapes of `bounds`, which take turns in pairs so that each part of the split has them all.
-    fn draw(&self, bounds: &[Bound], count: usize) -> Vec<Vec<Value>> {
+    fn draw(&self, model: &Model, bounds: &[Bound], count: usize) -> Vec<Vec<Value>> {
+        let below = self.below(&model.graph, bounds);
         let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
-        let mut one = |slot: &Slot, i: usize| {
+        let mut one = |(slot, &below): (&Slot, &usize), i: usize| {
             if let Some(values) = self.given.get(&slot.name) {
                 return values[i].clone();
             }
             let dims = &bounds[i / 2 % bounds.len()][&slot.name];
-            slot.random(dims, self.request.fixed.get(&slot.name).copied(), &mut random)
+            slot.random(dims, self.request.fixed.get(&slot.name).copied(), below, &mut random)
         };
-        (0..count).map(|i| self.slots.iter().map(|slot| one(slot, i)).collect()).collect()
+        (0..count).map(|i| self.slots.iter().zip(&below).map(|slot| one(slot, i)).collect()).collect()
+    }
+
+    /// What integers of each input lie below: the extent of the smallest table that they index at any of these shapes.
+    fn below(&self, graph: &Graph, bounds: &[Bound]) -> Vec<usize> {
+        let shapes: Vec<_> = bounds.iter().map(|bound| Shapes::infer(graph, bound)).collect();
+        let below = |input: &crate::ir::Input| {
+            let tables = shapes.iter().filter_map(|shapes| table(graph, shapes, input.node.out()));
+            tables.min().unwrap_or(INTEGERS_BELOW)
+        };
+        graph.fed_inputs().map(below).collect()
     }
 
     /// Gives every second four of `samples` the numbers that what is drawn is compared with, so that both arms of what depends on it are
@@ -471,10 +485,10 @@ impl Slot {
         dims.iter().enumerate().map(extent).collect()
     }
 
-    fn random(&self, dims: &[usize], fixed: Option<f64>, random: &mut impl Rng) -> Value {
+    fn random(&self, dims: &[usize], fixed: Option<f64>, below: usize, random: &mut impl Rng) -> Value {
         let count = dims.iter().product();
         let is_float = self.fact.dtype.is_some_and(crate::ir::tensor::is_float);
-        let below = if self.fact.dtype == Some(DType::Bool) { 2 } else { self.below.max(1) };
+        let below = if self.fact.dtype == Some(DType::Bool) { 2 } else { below.max(1) };
         // Each sample has integers of a range of its own: drawn from all of them, long rows of integers are all alike.
         let [a, b] = if is_float { [0, 0] } else { [(); 2].map(|()| random.next_u64() % below as u64) };
         let mut draw = || match fixed {
@@ -490,24 +504,15 @@ impl Slot {
     }
 }
 
-/// The inputs that must be fed, with the size of the table that each indexes.
+/// The inputs that must be fed.
 fn slots(graph: &Graph) -> Vec<Slot> {
     let firsts: Vec<_> = graph.fed_inputs().filter_map(|input| axis_names(&input.info).into_iter().next()).collect();
-    let shapes = Shapes::infer(graph, &Bound::new());
     let slot = |input: &crate::ir::Input| {
-        let below = table(graph, &shapes, input.node.out()).unwrap_or(INTEGERS_BELOW);
         let names = axis_names(&input.info);
         let batches = (0..names.len().max(1)).filter(|&i| i == 0 || !names[i].is_empty() && firsts.contains(&names[i]));
         let batches = batches.collect();
         let compared = compared(graph, input.node.out());
-        Slot {
-            name: input.info.name().to_owned(),
-            fact: Fact::declared(&input.info),
-            axes: names,
-            batches,
-            below,
-            compared,
-        }
+        Slot { name: input.info.name().to_owned(), fact: Fact::declared(&input.info), axes: names, batches, compared }
     };
     graph.fed_inputs().map(slot).collect()
 }
@@ -539,21 +544,43 @@ fn axis_names(info: &ValueInfoProto) -> Vec<String> {
 
 /// Operators that hand indices on to what reads them.
 const HANDING_ON: &[&str] = &["Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"];
+/// Operators that hand some of their indices on.
+const PICKING: &[&str] = &["Gather", "Slice", "Split", "Expand", "Tile", "Concat"];
 
 /// The extent of the smallest table that `value` is an index into.
 pub(super) fn table(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<usize> {
-    let indexed = graph.uses(value).into_iter().filter_map(|(node, inlet)| match inlet {
-        Inlet::Slot(1) => {
-            let op = graph.op_of(node, "Gather")?;
-            let table = shapes.fact(graph.operand(node, 0)?)?.extents()?;
-            table[crate::eval::axis(op.int("axis").unwrap_or(0), table.len())?]
+    let (mut smallest, mut seen, mut stack) = (None, BTreeSet::from([value]), vec![value]);
+    while let Some(value) = stack.pop() {
+        for (node, inlet) in graph.uses(value) {
+            let Some(kind) = graph.op(node).and_then(Op::standard) else { continue };
+            let Inlet::Slot(slot) = inlet else { continue };
+            if let Some(extent) = indexed(graph, shapes, (node, kind), slot) {
+                smallest = Some(smallest.map_or(extent, |least: usize| least.min(extent)));
+            }
+            let hands_on =
+                slot == 0 && HANDING_ON.contains(&kind) || PICKING.contains(&kind) && (slot == 0 || kind == "Concat");
+            if hands_on {
+                let made = (0..graph.output_count(node)).map(|slot| node.at(slot));
+                stack.extend(made.filter(|&made| seen.insert(made)));
+            }
         }
-        Inlet::Slot(0) if graph.op(node)?.standard().is_some_and(|op| HANDING_ON.contains(&op)) => {
-            table(graph, shapes, node.out())
+    }
+    smallest
+}
+
+/// How many places there are for what `node` reads in `slot`, if those are indices.
+fn indexed(graph: &Graph, shapes: &Shapes, (node, kind): (NodeId, &str), slot: u32) -> Option<usize> {
+    if slot != 1 {
+        return None;
+    }
+    let table = shapes.fact(graph.operand(node, 0)?)?.extents()?;
+    match kind {
+        "Gather" | "GatherElements" | "ScatterElements" | "Scatter" => {
+            table[crate::eval::axis(graph.op(node)?.int("axis").unwrap_or(0), table.len())?]
         }
+        "GatherND" | "ScatterND" => table.into_iter().min()?,
         _ => None,
-    });
-    indexed.min()
+    }
 }
 
 /// The numbers that `value`, an integer, is compared with for equality.

@@ -28,6 +28,8 @@ use crate::{
 
 /// Random inputs for each region.
 const RUNS: usize = 4;
+/// How often a region is cut, each time further back.
+const ATTEMPTS: usize = 5;
 
 /// What is done where a region can't be proven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +192,12 @@ impl Prover<'_> {
             if !b.contains(id) {
                 continue;
             }
+            // What can't be run need not be where it computes from equal values.
+            for (x, y) in classes.other_operands(a, b, id) {
+                if let Verdict::Equal = self.compare((a, shapes), &settled(b, &captured_b), (x, y), &classes) {
+                    classes.unite(x, y);
+                }
+            }
             if let Some(was) = classes.same_but_for_bodies(a, b, id) {
                 let equal = self.bodies(a, was, b, id, (shapes, &classes))?;
                 classes.number(a, b, id, equal);
@@ -282,8 +290,8 @@ impl Prover<'_> {
         true
     }
 
-    /// Runs both forms of a region, once more cut further back where they differ, since values that depend on each other were drawn
-    /// apart.
+    /// Runs both forms of a region, and again cut further back where they differ: values that depend on each other were drawn apart, and
+    /// such as they never are.
     fn compare(
         &mut self,
         (a, shapes): (&Graph, &Shapes),
@@ -293,10 +301,18 @@ impl Prover<'_> {
     ) -> Verdict {
         let is_known = |value: Outlet| fact(a, shapes, value).is_some();
         let mut verdict = Verdict::Unknown(Cannot::NoSamples);
-        let mut last = None;
-        for apart in [true, false] {
-            let cut = classes.cut((a, x), (b, y), apart, &is_known);
-            if last.as_ref() == Some(&cut) {
+        let (mut last, mut passed) = (Cut::default(), BTreeSet::new());
+        for attempt in 0..ATTEMPTS {
+            let apart = attempt == 0;
+            if attempt > 1 {
+                let computed = last.computed(a);
+                if computed.is_empty() {
+                    break;
+                }
+                passed.extend(computed);
+            }
+            let cut = classes.cut((a, x), (b, y), (apart, &passed), &is_known);
+            if attempt > 0 && last == cut {
                 continue;
             }
             verdict = match self.run((a, shapes, x), (b, y), &cut) {
@@ -305,9 +321,11 @@ impl Prover<'_> {
                     return Verdict::Equal;
                 }
                 Ok(rounding) => Verdict::Different(rounding),
+                // What was found nearer says more than what can't be run further back.
+                Err(_) if matches!(verdict, Verdict::Different(_)) => break,
                 Err(why) => Verdict::Unknown(why),
             };
-            last = Some(cut);
+            last = cut;
         }
         match verdict {
             Verdict::Unknown(Cannot::NoSamples) => {

@@ -143,3 +143,31 @@ fn open_axes_are_tried_at_lengths_of_their_own_and_as_sums() {
     let dims = &Samples::gather(&apart, &Request::default()).unwrap().bound["x"];
     assert!(dims[2] != dims[3] && dims.iter().product::<usize>() <= 1 << 20, "{dims:?}");
 }
+
+#[test]
+fn what_a_loop_reads_and_holds_is_cleaned_though_it_cannot_be_run() {
+    let looping = model(
+        "\"\": 17",
+        "g (float[n,8] x, int64 trips) => (float[n,8] y)\n<bool t = {1}>\n{\n b = Neg (x)\n c = Neg (b)\n y = Loop (trips, t, c) <body = bd \
+         (int64 i, bool go, float[n,8] s) => (bool on, float[n,8] so) {\n on = Identity (go)\n s1 = Relu (s)\n s2 = Relu (s1)\n \
+         so = Add (s2, x)\n }>\n}",
+    );
+    let (small, report) = shrink(&looping, &job("simplify"), &mut |_| {}).unwrap();
+    assert!(report.causes.is_empty(), "{:?}", report.causes);
+    assert_eq!(kinds(&small), ["Loop"]);
+    let inside: Vec<_> = small.graph.bodies().map(|(_, body)| body.graph.ops().len()).collect();
+    assert_eq!(inside, [3]);
+}
+
+#[test]
+fn indices_of_rows_stay_within_the_rows_that_there_are() {
+    let edges = model(
+        "\"\": 17",
+        "g (float[n,4] x, int64[2,e] edges) => (float[e,4] y)\n<int64 one = {1}>\n{\n to = Gather <axis = 0> (edges, one)\n \
+         a = Gather <axis = 0> (x, to)\n b = Relu (a)\n y = Relu (b)\n}",
+    );
+    let samples = Samples::gather(&edges, &Request::default()).unwrap();
+    assert_eq!(samples.unrunnable, None);
+    let (kinds, _) = simplified(&edges);
+    assert_eq!(kinds.iter().filter(|kind| *kind == "Relu").count(), 1);
+}

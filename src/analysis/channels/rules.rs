@@ -71,7 +71,7 @@ impl Rule<'_> {
                 let new = self.graph.opset() >= 13;
                 self.normalized_from(x, y, if new { -1 } else { 1 }, new)
             }
-            "LayerNormalization" => self.normalized_from(x, y, -1, false),
+            "LayerNormalization" | "RMSNormalization" => self.normalized_from(x, y, -1, false),
             // Before opset 9, each element could have statistics of its own.
             "BatchNormalization" if self.op.int("spatial") == Some(0) => None,
             "BatchNormalization" => self.normalized(x, y, &[]),

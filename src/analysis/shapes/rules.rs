@@ -414,6 +414,7 @@ const SAME_SHAPE: &[&str] = &[
     "LayerNormalization",
     "LogSoftmax",
     "LpNormalization",
+    "RMSNormalization",
     "Softmax",
 ];
 

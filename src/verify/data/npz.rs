@@ -131,7 +131,7 @@ mod tests {
             "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[1,past,4] x) => (float[1,past,4] y)\n{ y = Abs (x) }\n",
         );
         let fact = Fact::declared(&model.unwrap().graph.inputs()[0].info);
-        let slot = Slot { name: "x".into(), fact, axes: vec![], batches: vec![0], below: 1, compared: vec![] };
+        let slot = Slot { name: "x".into(), fact, axes: vec![], batches: vec![0], compared: vec![] };
         let array = Array { dims: vec![8, 0, 4], values: vec![] };
         let (cut, count) = cut(&[slot], [("x".to_owned(), array)].into()).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(count, 8);

@@ -100,6 +100,20 @@ impl Classes {
         self.namesake(a, b, id, op)
     }
 
+    /// The operands in which an operator at `id` of `b` that can't be looked into differs from the one of its name and kind in `a`.
+    pub(super) fn other_operands(&self, a: &Graph, b: &Graph, id: NodeId) -> Vec<(Outlet, Outlet)> {
+        let found = || {
+            let op = b.op(id).filter(|op| is_opaque(op))?;
+            let name = (0..b.output_count(id)).map(|slot| b.name(id.at(slot))).find(|name| !name.is_empty())?;
+            let was = *self.names.get(name)?;
+            let is_same = |old: &&Op| (old.op_type(), old.domain()) == (op.op_type(), op.domain());
+            a.op(was).filter(is_same)?;
+            let pairs = a.operands(was).into_iter().zip(b.operands(id)).filter_map(|(x, y)| Some((x?, y?)));
+            Some(pairs.filter(|&(x, y)| !self.are_equal(x, y)).collect())
+        };
+        found().unwrap_or_default()
+    }
+
     /// The node of `a` whose values are called like those of `id`, with the same operator, attributes and operands.
     fn namesake(&self, a: &Graph, b: &Graph, id: NodeId, op: &Op) -> Option<NodeId> {
         let name = (0..b.output_count(id)).map(|slot| b.name(id.at(slot))).find(|name| !name.is_empty())?;
@@ -133,7 +147,7 @@ impl Classes {
         let first = self.first(b, id, trimmed(operands));
         let mut was = None;
         // Nothing but its place tells an operator that may keep a state from others.
-        if let Some(op) = b.op(id).filter(|op| op.signature().is_none()) {
+        if let Some(op) = b.op(id).filter(|op| is_opaque(op)) {
             was = self.namesake(a, b, id, op);
             was = was.filter(|_| op.bodies.is_empty() || are_bodies_equal);
         }
@@ -147,19 +161,27 @@ impl Classes {
     }
 
     fn put(&mut self, value: Outlet, class: usize) {
-        let class = self.proven.get(&class).copied().unwrap_or(class);
+        let class = self.canonical(class);
         self.new.insert(value, class);
         self.new_of.entry(class).or_insert(value);
     }
 
     /// The class of a value of the old graph.
     pub(super) fn of_old(&self, value: Outlet) -> Option<usize> {
-        self.old.get(&value).copied()
+        Some(self.canonical(*self.old.get(&value)?))
     }
 
     /// The class of a value of the new graph.
     pub(super) fn of_new(&self, value: Outlet) -> Option<usize> {
-        self.new.get(&value).copied()
+        Some(self.canonical(*self.new.get(&value)?))
+    }
+
+    /// The class that `class` was proven to be.
+    fn canonical(&self, mut class: usize) -> usize {
+        while let Some(&proven) = self.proven.get(&class) {
+            class = proven;
+        }
+        class
     }
 
     /// Whether a value of the old graph and one of the new graph are in one class.
@@ -167,13 +189,19 @@ impl Classes {
         self.of_old(x).is_some() && self.of_old(x) == self.of_new(y)
     }
 
-    /// Puts `y` of the new graph into the class of `x` of the old one.
+    /// Has `y` of the new graph and `x` of the old one be in one class.
     pub(super) fn unite(&mut self, x: Outlet, y: Outlet) {
-        let Some(class) = self.of_old(x) else { return };
-        if let Some(was) = self.new.insert(y, class) {
-            self.proven.insert(was, class);
+        let (Some(of_x), Some(of_y)) = (self.of_old(x), self.of_new(y)) else { return };
+        if of_x == of_y {
+            return;
         }
-        self.new_of.entry(class).or_insert(y);
+        if self.old_of.contains_key(&of_y) {
+            // Two values of the old graph are equal that were not known to be.
+            self.proven.insert(of_x, of_y);
+        } else {
+            self.proven.insert(of_y, of_x);
+            self.new_of.entry(of_x).or_insert(y);
+        }
     }
 
     /// Notes that `new` of the new graph is a copy of `old`.
@@ -202,9 +230,10 @@ impl Classes {
             stack.extend(readers.filter(|&reader| after.insert(reader)));
         }
         let alive = self.new.iter().filter(|(value, _)| b.contains(value.node) && !after.contains(&value.node));
-        let alive: BTreeMap<usize, Outlet> = alive.map(|(&value, &class)| (class, value)).rev().collect();
+        let alive: BTreeMap<usize, Outlet> =
+            alive.map(|(&value, &class)| (self.canonical(class), value)).rev().collect();
         let values = self.old.iter().filter(|(value, _)| **value != x);
-        values.filter_map(|(&value, class)| Some((value, *alive.get(class)?))).collect()
+        values.filter_map(|(&value, &class)| Some((value, *alive.get(&self.canonical(class))?))).collect()
     }
 
     /// Where both forms of the region that ends at `x` and `y` are cut: at the nearest values that both graphs have and of which enough
@@ -213,10 +242,10 @@ impl Classes {
         &self,
         (a, x): (&Graph, Outlet),
         (b, y): (&Graph, Outlet),
-        apart: bool,
+        (apart, passed): (bool, &BTreeSet<usize>),
         is_known: &dyn Fn(Outlet) -> bool,
     ) -> Cut {
-        let mut passed: BTreeSet<usize> = BTreeSet::new();
+        let mut passed = passed.clone();
         loop {
             let cut = self.nearest((a, x), (b, y), &passed, is_known);
             let (old, new) = (classes_of(&cut.old), classes_of(&cut.new));
@@ -250,9 +279,9 @@ impl Classes {
                 if matches!(graph.kind(value.node), Kind::Const(_) | Kind::Sparse(_)) {
                     continue;
                 }
-                let class = classes.get(&value).copied();
+                let class = classes.get(&value).map(|&class| self.canonical(class));
                 let is_source = graph.op(value.node).is_none();
-                if let Some(class) = class.filter(|&class| value != end && (is_source || stops(class))) {
+                if let Some(class) = class.filter(|&class| is_source || value != end && stops(class)) {
                     found.insert((class, value));
                 } else if seen.insert(value.node) {
                     stack.extend(graph.operands(value.node).into_iter().flatten());
@@ -287,8 +316,21 @@ impl Classes {
     }
 }
 
+impl Cut {
+    /// The classes of the values that operators of `a` make.
+    pub(super) fn computed(&self, a: &Graph) -> BTreeSet<usize> {
+        let computed = self.old.iter().filter(|(_, value)| a.op(value.node).is_some());
+        computed.map(|(class, _)| *class).collect()
+    }
+}
+
 fn classes_of(values: &BTreeSet<(usize, Outlet)>) -> BTreeSet<usize> {
     values.iter().map(|(class, _)| *class).collect()
+}
+
+/// Whether what the operator computes is not known here, or depends on its place: it may keep a state.
+fn is_opaque(op: &Op) -> bool {
+    op.signature().is_none() || op.standard().is_none()
 }
 
 /// Without operands left out at the end.
