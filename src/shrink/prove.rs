@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Job, Link, Report, ShrinkError, within};
 use crate::{
     analysis::{
-        cost::{Cost, work},
+        cost::{Cost, peak_memory, work},
         shapes::Shapes,
         validity::{self, Fault},
     },
@@ -20,7 +20,9 @@ use crate::{
 const MAX_SAMPLES: usize = 16;
 /// Models of more bytes are compared region by region, where no data is given: each engine keeps copies of all weights.
 const MAX_WHOLE_BYTES: usize = 100 << 20;
-/// Models whose run takes more multiply-adds are, too.
+/// Models whose constants and values that are alive at once take more bytes are, too.
+const MAX_WHOLE_MEMORY: u64 = 200 << 20;
+/// So are models whose run takes more multiply-adds.
 const MAX_WHOLE_WORK: u64 = 8_000_000_000;
 /// Changes that were taken back that are named.
 const NAMED: usize = 3;
@@ -83,7 +85,10 @@ fn is_rounding(difference: &Difference) -> bool {
 
 /// Whether running all of a model takes much memory or long.
 fn is_heavy(model: &Model, bound: &Bound) -> bool {
-    Cost::bytes(model) > MAX_WHOLE_BYTES || work(&model.graph, &Shapes::infer(&model.graph, bound)) > MAX_WHOLE_WORK
+    let shapes = Shapes::infer(&model.graph, bound);
+    Cost::bytes(model) > MAX_WHOLE_BYTES
+        || peak_memory(&model.graph, &shapes) > MAX_WHOLE_MEMORY
+        || work(&model.graph, &shapes) > MAX_WHOLE_WORK
 }
 
 /// Proves each change by itself, at the input shapes of `bound`.

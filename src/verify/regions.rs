@@ -192,10 +192,11 @@ impl Prover<'_> {
             if !b.contains(id) {
                 continue;
             }
-            // What can't be run need not be where it computes from equal values.
+            // What computes from equal values need not be run, as operators without a known kind can't be.
             for (x, y) in classes.other_operands(a, b, id) {
-                if let Verdict::Equal = self.compare((a, shapes), &settled(b, &captured_b), (x, y), &classes) {
-                    classes.unite(x, y);
+                match self.compare((a, shapes), &settled(b, &captured_b), (x, y), &classes, 2) {
+                    Verdict::Equal => classes.unite(x, y),
+                    Verdict::Different(_) | Verdict::Unknown(_) => break,
                 }
             }
             if let Some(was) = classes.same_but_for_bodies(a, b, id) {
@@ -236,7 +237,7 @@ impl Prover<'_> {
     ) -> Result<(), Cannot> {
         /// What is off by less computes the same, if not as exactly.
         const CLOSE: f64 = 1e-2;
-        match self.compare((a, shapes), &settled(b, captured), (x, y), classes) {
+        match self.compare((a, shapes), &settled(b, captured), (x, y), classes, ATTEMPTS) {
             Verdict::Equal => classes.unite(x, y),
             Verdict::Unknown(why) => {
                 if self.policy == Policy::Refuse {
@@ -298,11 +299,12 @@ impl Prover<'_> {
         b: &Graph,
         (x, y): (Outlet, Outlet),
         classes: &Classes,
+        attempts: usize,
     ) -> Verdict {
         let is_known = |value: Outlet| fact(a, shapes, value).is_some();
         let mut verdict = Verdict::Unknown(Cannot::NoSamples);
         let (mut last, mut passed) = (Cut::default(), BTreeSet::new());
-        for attempt in 0..ATTEMPTS {
+        for attempt in 0..attempts {
             let apart = attempt == 0;
             if attempt > 1 {
                 let computed = last.computed(a);
@@ -320,9 +322,9 @@ impl Prover<'_> {
                     self.note(rounding);
                     return Verdict::Equal;
                 }
+                // What was found nearer says more than what is found further back.
+                _ if attempt > 1 && matches!(verdict, Verdict::Different(_)) => verdict,
                 Ok(rounding) => Verdict::Different(rounding),
-                // What was found nearer says more than what can't be run further back.
-                Err(_) if matches!(verdict, Verdict::Different(_)) => break,
                 Err(why) => Verdict::Unknown(why),
             };
             last = cut;

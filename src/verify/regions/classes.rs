@@ -100,16 +100,23 @@ impl Classes {
         self.namesake(a, b, id, op)
     }
 
-    /// The operands in which an operator at `id` of `b` that can't be looked into differs from the one of its name and kind in `a`.
+    /// The operands in which the operator at `id` of `b` differs from the one of its name and kind in `a`; none where a constant is another.
     pub(super) fn other_operands(&self, a: &Graph, b: &Graph, id: NodeId) -> Vec<(Outlet, Outlet)> {
         let found = || {
-            let op = b.op(id).filter(|op| is_opaque(op))?;
+            let op = b.op(id)?;
             let name = (0..b.output_count(id)).map(|slot| b.name(id.at(slot))).find(|name| !name.is_empty())?;
             let was = *self.names.get(name)?;
-            let is_same = |old: &&Op| (old.op_type(), old.domain()) == (op.op_type(), op.domain());
-            a.op(was).filter(is_same)?;
-            let pairs = a.operands(was).into_iter().zip(b.operands(id)).filter_map(|(x, y)| Some((x?, y?)));
-            Some(pairs.filter(|&(x, y)| !self.are_equal(x, y)).collect())
+            let old = a.op(was)?;
+            let is_same =
+                (old.op_type(), old.domain()) == (op.op_type(), op.domain()) && old.attributes() == op.attributes();
+            let (before, after) = (a.operands(was), b.operands(id));
+            if !is_same || before.len() != after.len() {
+                return None;
+            }
+            let pairs = before.into_iter().zip(after).filter_map(|(x, y)| Some((x?, y?)));
+            let other: Vec<_> = pairs.filter(|&(x, y)| !self.are_equal(x, y)).collect();
+            let are_constants = |&(x, y): &(Outlet, Outlet)| a.constant(x).is_some() || b.constant(y).is_some();
+            (!other.iter().any(are_constants)).then_some(other)
         };
         found().unwrap_or_default()
     }
@@ -145,12 +152,12 @@ impl Classes {
     pub(super) fn number(&mut self, a: &Graph, b: &Graph, id: NodeId, are_bodies_equal: bool) {
         let operands = b.operands(id).into_iter().map(|v| v.and_then(|v| self.of_new(v))).collect();
         let first = self.first(b, id, trimmed(operands));
-        let mut was = None;
-        // Nothing but its place tells an operator that may keep a state from others.
-        if let Some(op) = b.op(id).filter(|op| is_opaque(op)) {
-            was = self.namesake(a, b, id, op);
-            was = was.filter(|_| op.bodies.is_empty() || are_bodies_equal);
-        }
+        // Operands may be equal by proof, and nothing but its place tells an operator that may keep a state from others.
+        let is_known = (0..b.output_count(id)).all(|slot| self.old_of.contains_key(&(first + slot as usize)));
+        let was = b.op(id).filter(|_| !is_known).and_then(|op| {
+            let was = self.namesake(a, b, id, op);
+            was.filter(|_| op.bodies.is_empty() || are_bodies_equal)
+        });
         for value in (0..b.output_count(id)).map(|slot| id.at(slot)) {
             let class = match was {
                 Some(was) => self.old.get(&was.at(value.slot)).copied().unwrap_or(first + value.slot as usize),
@@ -326,11 +333,6 @@ impl Cut {
 
 fn classes_of(values: &BTreeSet<(usize, Outlet)>) -> BTreeSet<usize> {
     values.iter().map(|(class, _)| *class).collect()
-}
-
-/// Whether what the operator computes is not known here, or depends on its place: it may keep a state.
-fn is_opaque(op: &Op) -> bool {
-    op.signature().is_none() || op.standard().is_none()
 }
 
 /// Without operands left out at the end.
