@@ -56,7 +56,7 @@ pub fn never_negative(op_type: &str) -> bool {
 }
 
 /// Operators of one operand that compute each element of the result from the same element of it.
-const ELEMENTWISE: &[&str] = &[
+pub(crate) const ELEMENTWISE: &[&str] = &[
     "Abs",
     "Acos",
     "Acosh",

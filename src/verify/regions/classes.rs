@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::{
-    analysis::numbering::Numbering,
+    analysis::{ELEMENTWISE, numbering::Numbering},
     ir::{Graph, Kind, NodeId, Op, Outlet, Tensor},
 };
 
@@ -324,10 +324,11 @@ impl Classes {
 }
 
 impl Cut {
-    /// The classes of the values that operators of `a` make.
-    pub(super) fn computed(&self, a: &Graph) -> BTreeSet<usize> {
-        let computed = self.old.iter().filter(|(_, value)| a.op(value.node).is_some());
-        computed.map(|(class, _)| *class).collect()
+    /// The classes of the values that element-wise operators of `a` make, whose range may not be all numbers.
+    pub(super) fn elementwise(&self, a: &Graph) -> BTreeSet<usize> {
+        let is_elementwise = |value: Outlet| a.op(value.node)?.standard().map(|kind| ELEMENTWISE.contains(&kind));
+        let made = self.old.iter().filter(|(_, value)| is_elementwise(*value) == Some(true));
+        made.map(|(class, _)| *class).collect()
     }
 }
 
