@@ -17,6 +17,7 @@ enum Elements {
 pub(super) fn evaluate(call: &Call<'_>) -> Option<Tensor> {
     match call.op.standard()? {
         "Cast" => cast(call.input(0)?, dtype(call.op.int("to")?)?),
+        "CastLike" => cast(call.input(0)?, call.input(1)?.dtype()),
         "BitShift" => shift(call),
         "DequantizeLinear" => dequantize(call),
         "QuantizeLinear" => quantize(call),

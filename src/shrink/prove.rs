@@ -62,6 +62,7 @@ pub(super) fn lossless(
     if !found.as_ref().is_ok_and(is_rounding) {
         let proof = prove_regions(&job.request.engine, model, result, &samples.bound)?;
         tell_of_undone(&proof.undone, job, report)?;
+        revert_if_larger(model, result, &proof.undone);
         match found {
             Err(why) if proof.undone.is_empty() => {
                 report
@@ -101,12 +102,25 @@ fn by_region(
 ) -> Result<(), ShrinkError> {
     let proof = prove_regions(&job.request.engine, model, result, bound)?;
     tell_of_undone(&proof.undone, job, report)?;
+    revert_if_larger(model, result, &proof.undone);
     report.random_inputs = true;
     if proof.regions > 0 {
         report.notes.push(format!("each change was verified by itself, on random inputs, since {why}"));
         report.difference = Some(proof.difference);
     }
     Ok(())
+}
+
+/// Makes `result` the `model` again where more was taken back than is left: a part in its old form beside one in its new form may take more
+/// than either.
+fn revert_if_larger(model: &Model, result: &mut Model, undone: &[Undone]) {
+    let nodes = |model: &Model| -> usize {
+        let inside = model.graph.bodies().map(|(_, body)| body.graph.ops().len());
+        model.graph.ops().len() + inside.sum::<usize>()
+    };
+    if !undone.is_empty() && nodes(result) >= nodes(model) && Cost::bytes(result) >= Cost::bytes(model) {
+        *result = model.clone();
+    }
 }
 
 /// Notes which changes were taken back; an error where that is not allowed.

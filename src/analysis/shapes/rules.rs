@@ -32,8 +32,11 @@ impl Rule<'_> {
         let one = |dims: Option<Vec<Dim>>| Some(vec![Fact::new(x.dtype, dims?)]);
         match self.op.meaning()? {
             "Identity" => Some(vec![x.clone()]),
-            "Cast" => {
-                let to = DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok();
+            kind @ ("Cast" | "CastLike") => {
+                let to = match kind {
+                    "Cast" => DType::try_from(i32::try_from(self.op.int("to")?).ok()?).ok(),
+                    _ => self.input(1)?.dtype,
+                };
                 let truth = |i: Term| match to {
                     Some(DType::Bool) => i.equals(Term::number(0)).map(|zero| Term::number(i64::from(!zero))),
                     // Other types round or wrap.

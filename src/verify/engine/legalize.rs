@@ -40,6 +40,7 @@ fn legalize_with(graph: &mut Graph, shapes: &Shapes) {
                 graph.edit_op(id, |op| op.set_tensor("value", &Tensor::f32(&[1], &[0.0])));
             }
             "Pad" => of_shape(graph, shapes, id, 2, &[]),
+            "Range" => (0..3).for_each(|slot| of_shape(graph, shapes, id, slot, &[])),
             "NonMaxSuppression" => (2..5).for_each(|slot| of_shape(graph, shapes, id, slot, &[1])),
             _ => {}
         }
