@@ -41,7 +41,8 @@ pub struct Difference {
     /// The largest error over outputs: ‖Y−Y'‖ / ‖Y−Ȳ‖, pooled over the samples; 1 for a constant function. Where an output
     /// hardly varies, 10⁻³ of its size stands in for ‖Y−Ȳ‖.
     pub error: f64,
-    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) over outputs and samples, a hundredth of it for outputs that are computed in half precision, and a
+    /// The largest ‖y−y'‖ / max(‖y‖, 10⁻³√n) over outputs and samples, a hundredth of it for outputs that are computed in
+    /// half precision, and a
     /// quarter of that for `BFLOAT16`.
     pub rounding: f64,
     /// The share of samples whose largest class score moved, over the outputs that look like class scores.

@@ -120,7 +120,8 @@ impl Op {
         self.domain().is_empty().then(|| self.op_type())
     }
 
-    /// The type of the standard operator that computes the same: the operator itself, or the one that onnxruntime's own `QuantizeLinear` and
+    /// The type of the standard operator that computes the same: the operator itself, or the one that onnxruntime's own
+    /// `QuantizeLinear` and
     /// `DequantizeLinear` extend to more types.
     #[must_use]
     pub fn meaning(&self) -> Option<&str> {

@@ -36,7 +36,7 @@ fn sweep(graph: &mut Graph) -> usize {
             continue;
         }
         swept += graph.sweep(id);
-        if graph.contains(id) && graph.op(id).is_some() {
+        if graph.contains(id) && graph.op(id).is_some_and(|op| op.bodies.is_empty() && op.standard().is_some()) {
             graph.trim_operands(id);
         }
         if !graph.contains(id) || graph.op(id).is_none_or(|op| op.bodies.is_empty()) {

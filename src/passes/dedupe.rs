@@ -11,7 +11,8 @@ use crate::{
 /// Merge equal constants, operators that compute the same from the same inputs, and shapes that are known to be equal.
 ///
 /// Constants are equal when type, shape and every bit agree; a large matrix that is another one transposed becomes that, transposed by the
-/// `Gemm` that reads it or by a `Transpose`, which runtimes fold. Those of eight bits that kernels of integers read are left alone. Operators that draw random numbers are left alone.
+/// `Gemm` that reads it or by a `Transpose`, which runtimes fold. Those of eight bits that kernels of integers read are left
+/// alone. Operators that draw random numbers are left alone.
 ///
 /// Fidelity: exact.
 #[derive(Debug, clap::Parser)]
@@ -89,7 +90,10 @@ fn share_transposed(graph: &mut Graph) -> usize {
     let is_matrix = |id: &NodeId| {
         graph.weight(id.out()).is_some_and(|weight| {
             let tensor = weight.value();
-            !weight.is_stored() && tensor.dims().len() == 2 && tensor.byte_len() >= FEWEST_TRANSPOSED
+            !weight.is_stored()
+                && !is_of_codes(graph, *id)
+                && tensor.dims().len() == 2
+                && tensor.byte_len() >= FEWEST_TRANSPOSED
         })
     };
     let candidates: Vec<_> = graph.order().into_iter().filter(is_matrix).collect();

@@ -11,7 +11,8 @@ use crate::{
 /// Clip(x + b, 0, h) ÷ h is one `HardSigmoid`, also where it multiplies something first and is divided after:
 /// v · Clip(x + 3, 0, 6) ÷ 6 is `HardSigmoid` and `Mul`. x · HardSigmoid(x) with its usual numbers is `HardSwish` from
 /// opset 14 (Howard 2019). x · (1 + erf(x ÷ √2)) ÷ 2 is `Gelu` from opset 20 (Hendrycks 2016), also with its approximation by
-/// tanh; x · tanh(softplus(x)) is `Mish` from opset 18 (Misra 2019). The logarithm of a softmax is `LogSoftmax`.
+/// tanh; x · tanh(softplus(x)) is `Mish` from opset 18 (Misra 2019). The logarithm of a softmax is
+/// `LogSoftmax`, which is finite where the softmax is too small for its type.
 ///
 /// Applies when: the numbers are constants and nothing else reads what is in between.
 ///

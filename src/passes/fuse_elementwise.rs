@@ -79,6 +79,9 @@ fn cast_like(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let (x, like) = (graph.operand(node, 0)?, graph.operand(node, 1)?);
     let to = shapes.fact(like)?.dtype?;
     let old = graph.op(node)?;
+    if old.attributes().iter().any(|attribute| attribute.name() != "saturate") {
+        return None;
+    }
     let mut cast = Op::new("Cast").with_int("to", to as i64).in_place_of(old);
     if let Some(saturate) = old.int("saturate") {
         cast = cast.with_int("saturate", saturate);
@@ -106,6 +109,25 @@ fn cast_filled(graph: &mut Graph, node: NodeId, filled: Outlet, shape: Outlet) -
         None => Tensor::f32(&[1], &[0.0]),
     };
     let number = eval::evaluate(graph.op(node)?, graph.opset(), &[Some(&number)])?.pop()?;
+    // Numbers of these types came later.
+    let is_old = matches!(
+        number.dtype(),
+        DType::Bool
+            | DType::Float
+            | DType::Double
+            | DType::Float16
+            | DType::Int8
+            | DType::Int16
+            | DType::Int32
+            | DType::Int64
+            | DType::Uint8
+            | DType::Uint16
+            | DType::Uint32
+            | DType::Uint64
+    );
+    if !is_old {
+        return None;
+    }
     let mut op = Op::new("ConstantOfShape").in_place_of(graph.op(node)?);
     op.set_tensor("value", &number);
     graph.replace_op(node, op, &[shape]);

@@ -10,7 +10,8 @@ use crate::{
 
 /// Spell a layer normalization that an exporter took apart as one `LayerNormalization` (Ba 2016).
 ///
-/// (x − mean) ÷ √(variance + ε) · scale + bias over the last axes, from opset 17; also with the reciprocal of the root, and without scale or
+/// (x − mean) ÷ √(variance + ε) · scale + bias over the last axes, from opset 17; also with the reciprocal of the root, and
+/// without scale or
 /// bias. Without the mean, one `RMSNormalization` (Zhang 2019), from opset 23.
 ///
 /// Applies when: ε is a number, the scale and the bias have the normalized shape, and nothing else reads what is in between.
@@ -50,6 +51,8 @@ fn mean(graph: &Graph, shapes: &Shapes, value: Outlet) -> Option<(Outlet, usize)
     axes.into_iter().eq(first..rank).then_some((x, first))
 }
 
+/// A scale of ones has at most so many elements: the file should not grow by it.
+const MAX_ONES: usize = 1 << 13;
 /// The operator set that `RMSNormalization` came with.
 const RMS_NORM: i64 = 23;
 
@@ -138,6 +141,7 @@ fn fuse(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
         scale
     } else {
         let dims = shapes.dims(x)?[first..].iter().map(|d| d.and_then(Term::extent)).collect::<Option<Vec<_>>>()?;
+        dims.iter().try_fold(1_usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_ONES)?;
         let ones = Tensor::f32(&dims, &vec![1.0; dims.iter().product()]);
         let name = format!("{}.scale", graph.name(last.out()));
         graph.add_const(Weight::dense(ones), &name)

@@ -213,9 +213,12 @@ fn keep_axes(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     if changed != reduced {
         return None;
     }
-    graph.edit_op(middle.node, |op| *op = std::mem::take(op).with_int("keepdims", i64::from(keeps)));
-    graph.forget_info(middle);
-    graph.bypass(node, middle)
+    // What the reduction made keeps its shape, which is known to what follows.
+    let read = graph.operands(middle.node).into_iter().collect::<Option<Vec<_>>>()?;
+    let reduction = graph.op(middle.node)?.clone().with_int("keepdims", i64::from(keeps));
+    let reduction = reduction.in_place_of(graph.op(node)?);
+    graph.replace_op(node, reduction, &read);
+    Some(())
 }
 
 /// Gives `node` integers in place of an attribute or a constant operand, whichever it has.

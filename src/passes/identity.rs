@@ -54,7 +54,8 @@ fn bypass(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     graph.bypass(node, input)
 }
 
-/// Has `node` read less: no bias of zeros, no part of a `Concat` that has no elements, and what an `Expand` repeats where `node` repeats it too.
+/// Has `node` read less: no bias of zeros, no part of a `Concat` that has no elements, and what an `Expand` repeats where
+/// `node` repeats it too.
 fn shorten(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
     let op = graph.op(node)?;
     let kind = op.standard()?;
@@ -84,7 +85,8 @@ fn shorten(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
             }
             Some(())
         }
-        _ if is_broadcasting(kind) && graph.opset() >= 8 => unexpanded(graph, shapes, node),
+        // The slope of a `PRelu` must not widen what it reads.
+        _ if is_broadcasting(kind) && kind != "PRelu" && graph.opset() >= 8 => unexpanded(graph, shapes, node),
         _ => None,
     }
 }

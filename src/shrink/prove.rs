@@ -27,7 +27,8 @@ const MAX_WHOLE_WORK: u64 = 8_000_000_000;
 /// Changes that were taken back that are named.
 const NAMED: usize = 3;
 
-/// Proves that `result`, which exact and rounding passes made of `model`, computes the same but for rounding. Where that can't be shown of a
+/// Proves that `result`, which exact and rounding passes made of `model`, computes the same but for rounding. Where that
+/// can't be shown of a
 /// change, it is taken back.
 pub(super) fn lossless(
     model: &Model,
@@ -39,7 +40,7 @@ pub(super) fn lossless(
     let Some(source) = source.filter(|_| job.verify) else { return usable(model, result, job, None, report) };
     if are_alike(model, result) {
         report.notes.push(
-            "what was left out, merged or moved changes no operator that is computed, which was proven without running the model"
+            "operators and constants were only left out, merged or moved, which was proven without running the model"
                 .to_owned(),
         );
         return usable(model, result, job, None, report);
@@ -173,7 +174,8 @@ pub(super) fn usable(
     optimized((model, result), &job.request.engine, &inputs, verified)
 }
 
-/// The first thing that runtimes would refuse one of these files for, and not the original: a fault of a kind that the original has as often
+/// The first thing that runtimes would refuse one of these files for, and not the original: a fault of a kind that the
+/// original has as often
 /// may be at a place of another name.
 fn fault<'a>(model: &Model, mut files: impl Iterator<Item = &'a Model>) -> Option<String> {
     let known = validity::faults(&model.graph);

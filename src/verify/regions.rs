@@ -131,14 +131,19 @@ fn prove(engine: &Engine, a: &Model, b: &mut Model, bound: &Bound, policy: Polic
     if let Some(what) = other_interface(a, b) {
         return Err(Cannot::Interface(what));
     }
-    let old = plain(a);
+    // Constants that callers may override are known by their names, where the new graph still lists them.
+    let listed = b.graph.inputs().len() > b.graph.fed_inputs().count();
+    let old = if listed { a.graph.clone() } else { plain(a) };
     let shapes = Shapes::infer(&old, bound);
     let mut prover = Prover { engine, model: a, policy, proof: Proof::default() };
     prover.proof.difference.samples = RUNS;
     let mut new = std::mem::take(&mut b.graph);
     let proven = prover.graph(&old, &mut new, &shapes, [Captured::new(), Captured::new()]);
     b.graph = new;
-    proven?;
+    if !proven? && policy == Policy::Undo {
+        let value = a.graph.outputs().first().map(|output| output.info.name().to_owned()).unwrap_or_default();
+        return Err(Cannot::Region { value, why: "what changed can't be taken back".to_owned() });
+    }
     Ok(prover.proof)
 }
 
@@ -219,7 +224,13 @@ impl Prover<'_> {
         let mut all = true;
         for place in 0..a.outputs().len().min(b.outputs().len()) {
             let (x, y) = (a.outputs()[place].value, b.outputs()[place].value);
-            if !classes.are_equal(x, y) {
+            if !classes.are_equal(x, y) && self.policy == Policy::Refuse {
+                match self.compare((a, shapes), &settled(b, &captured_b), (x, y), &classes, ATTEMPTS) {
+                    Verdict::Equal => classes.unite(x, y),
+                    Verdict::Different(by) => self.note(by),
+                    Verdict::Unknown(why) => return Err(why),
+                }
+            } else if !classes.are_equal(x, y) {
                 let why = Cannot::Region { value: a.name(x).to_owned(), why: "it computes something else".to_owned() };
                 all &= self.undo(a, b, (x, y), &mut classes, &why);
             }

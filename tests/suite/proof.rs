@@ -1,11 +1,13 @@
 //! What is proven of a clean-up, how, and what is taken back where nothing can be proven.
 
+use std::collections::BTreeMap;
+
 use onnx_shrink::{
     codec::Model,
     pipeline,
     shrink::{Job, Report, ShrinkError, shrink},
     text,
-    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split},
+    verify::{Engine, ROUNDING_BUDGET, Reference, Request, Samples, Split, compare_regions},
 };
 
 fn model(opsets: &str, body: &str) -> Model {
@@ -170,4 +172,25 @@ fn indices_of_rows_stay_within_the_rows_that_there_are() {
     assert_eq!(samples.unrunnable, None);
     let (kinds, _) = simplified(&edges);
     assert_eq!(kinds.iter().filter(|kind| *kind == "Relu").count(), 1);
+}
+
+#[test]
+fn other_results_of_bodies_and_other_constants_are_no_match_region_by_region() {
+    let holding = |name: &str, op: &str, number: f32| {
+        model(
+            "\"\": 17, \"com.microsoft\": 1",
+            &format!(
+                "g (float[1,4] x, bool c) => (float[1,4] y, float[1,4] w, float k)\n<float k = {{{number}}}>\n{{\n \
+                 w = com.microsoft.FastGelu (x)\n y = If (c) <then_branch = t () => (float[1,4] {name}) {{ {name} = {op} (x) }}, \
+                 else_branch = e () => (float[1,4] b) {{ b = Abs (x) }}>\n}}"
+            ),
+        )
+    };
+    let first = holding("p", "Relu", 1.0);
+    for (other, is_same) in
+        [(holding("p", "Relu", 1.0), true), (holding("q", "Neg", 1.0), false), (holding("p", "Relu", 2.0), false)]
+    {
+        let found = compare_regions(&Engine::default(), &first, &other, &BTreeMap::new());
+        assert_eq!(found.is_ok_and(|found| found.rounding <= ROUNDING_BUDGET), is_same);
+    }
 }

@@ -50,7 +50,10 @@ fn number(graph: &Graph, value: Outlet) -> Option<f64> {
     let constant = graph.constant(value)?;
     let number = match (constant.f64s(), constant.i64s()) {
         (Some(values), _) => *values.first().filter(|_| values.len() == 1)?,
-        (None, Some(values)) => *values.first().filter(|_| values.len() == 1)? as f64,
+        (None, Some(values)) => {
+            let value = *values.first().filter(|_| values.len() == 1)?;
+            Some(value as f64).filter(|value| value.abs() < MAX_INTEGER)?
+        }
         _ => return None,
     };
     (!number.is_nan()).then_some(number)
@@ -76,9 +79,9 @@ pub(super) fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<
         return None;
     }
     let mut clip = Op::new("Clip").in_place_of(graph.op(node)?);
-    let mut operands = vec![Some(source)];
+    let mut tensors = Vec::new();
     for (what, bound) in [("min", least), ("max", most)] {
-        let mut operand = None;
+        let mut made = None;
         if bound.is_finite() && graph.opset() < 11 {
             let single = bound as f32;
             if f64::from(single) != bound {
@@ -91,15 +94,15 @@ pub(super) fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<
             } else {
                 Tensor::integers(dtype, &[], &[bound as i64])?
             };
-            let name = format!("{}.{what}", graph.name(node.out()));
-            operand = Some((tensor, name));
+            made = Some((tensor, format!("{}.{what}", graph.name(node.out()))));
         }
-        operands.push(operand.map(|(tensor, name)| graph.add_const(Weight::dense(tensor), &name)));
+        tensors.push(made);
     }
     graph.replace_op(node, clip, &[source]);
-    for (slot, bound) in (1..).zip(operands.into_iter().skip(1)) {
-        if bound.is_some() {
-            graph.exchange_operand(node, slot, bound);
+    for (slot, made) in (1..).zip(tensors) {
+        if let Some((tensor, name)) = made {
+            let bound = graph.add_const(Weight::dense(tensor), &name);
+            graph.exchange_operand(node, slot, Some(bound));
         }
     }
     Some(())

@@ -100,7 +100,8 @@ impl Classes {
         self.namesake(a, b, id, op)
     }
 
-    /// The operands in which the operator at `id` of `b` differs from the one of its name and kind in `a`; none where a constant is another.
+    /// The operands in which the operator at `id` of `b` differs from the one of its name and kind in `a`; none where a
+    /// constant is another.
     pub(super) fn other_operands(&self, a: &Graph, b: &Graph, id: NodeId) -> Vec<(Outlet, Outlet)> {
         let found = || {
             let op = b.op(id)?;

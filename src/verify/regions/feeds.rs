@@ -15,6 +15,9 @@ use crate::{
 /// Random integers lie below this: they may be indices or extents.
 const INTEGERS_BELOW: usize = 4;
 
+/// What the floats of each run are scaled by: bounds that lie further out must show.
+const SCALES: [f64; RUNS] = [1.0, 1.0, 16.0, 1.0];
+
 /// Values by class: equal values are fed the same.
 pub(super) struct Feeds {
     random: Xoshiro256PlusPlus,
@@ -47,8 +50,12 @@ impl Feeds {
                 let drawn = draw();
                 known.get(i).copied().flatten().map_or(drawn, |known| known as f64)
             };
-            let mut one = || Value { dims: dims.to_vec(), values: (0..count).map(&mut element).collect(), dtype };
-            (dtype, (0..RUNS).map(|_| one()).collect())
+            let mut one = |scale: f64| Value {
+                dims: dims.to_vec(),
+                values: (0..count).map(|i| if is_float { scale * element(i) } else { element(i) }).collect(),
+                dtype,
+            };
+            (dtype, SCALES.iter().map(|&scale| one(scale)).collect())
         });
         &entry.1
     }
