@@ -434,7 +434,7 @@ impl<'a> Source<'a> {
 
     /// Samples of the shapes of `bounds`, which take turns in pairs so that each part of the split has them all.
     fn draw(&self, model: &Model, bounds: &[Bound], count: usize) -> Vec<Vec<Value>> {
-        let below = self.below(&model.graph, bounds);
+        let below = below(&model.graph, bounds);
         let mut random = Xoshiro256PlusPlus::seed_from_u64(0x5eed);
         let mut one = |(slot, &below): (&Slot, &usize), i: usize| {
             if let Some(values) = self.given.get(&slot.name) {
@@ -444,16 +444,6 @@ impl<'a> Source<'a> {
             slot.random(dims, self.request.fixed.get(&slot.name).copied(), below, &mut random)
         };
         (0..count).map(|i| self.slots.iter().zip(&below).map(|slot| one(slot, i)).collect()).collect()
-    }
-
-    /// What integers of each input lie below: the extent of the smallest table that they index at any of these shapes.
-    fn below(&self, graph: &Graph, bounds: &[Bound]) -> Vec<usize> {
-        let shapes: Vec<_> = bounds.iter().map(|bound| Shapes::infer(graph, bound)).collect();
-        let below = |input: &crate::ir::Input| {
-            let tables = shapes.iter().filter_map(|shapes| table(graph, shapes, input.node.out()));
-            tables.min().unwrap_or(INTEGERS_BELOW)
-        };
-        graph.fed_inputs().map(below).collect()
     }
 
     /// Gives every second four of `samples` the numbers that what is drawn is compared with, so that both arms of what depends on it are
@@ -540,6 +530,16 @@ fn axis_names(info: &ValueInfoProto) -> Vec<String> {
         _ => String::new(),
     };
     tensor.shape.iter().flat_map(|shape| shape.dim.iter().map(name)).collect()
+}
+
+/// What integers of each input lie below: the extent of the smallest table that they index at any of these shapes.
+fn below(graph: &Graph, bounds: &[Bound]) -> Vec<usize> {
+    let shapes: Vec<_> = bounds.iter().map(|bound| Shapes::infer(graph, bound)).collect();
+    let below = |input: &crate::ir::Input| {
+        let tables = shapes.iter().filter_map(|shapes| table(graph, shapes, input.node.out()));
+        tables.min().unwrap_or(INTEGERS_BELOW)
+    };
+    graph.fed_inputs().map(below).collect()
 }
 
 /// Operators that hand indices on to what reads them.
