@@ -110,7 +110,9 @@ fn unexpanded(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<()> {
             extents.iter().all(|&extent| extent == one || extent.is_some() && extent == wanted)
                 && (wanted == one || extents.contains(&wanted))
         };
-        if all.is_some() && wanted.iter().rev().enumerate().all(is_made) {
+        // The result keeps its rank.
+        let rank = all.iter().flatten().map(|dims| dims.len()).max();
+        if rank == Some(wanted.len()) && wanted.iter().rev().enumerate().all(is_made) {
             graph.exchange_operand(node, slot as u32, Some(source));
             return Some(());
         }

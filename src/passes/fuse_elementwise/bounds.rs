@@ -75,7 +75,9 @@ pub(super) fn merge(graph: &mut Graph, shapes: &Shapes, node: NodeId) -> Option<
     let dtype = shapes.fact(source)?.dtype?;
     let holds = |bound: f64| !bound.is_finite() || is_float(dtype) || bound.abs() < MAX_INTEGER;
     let has_clip = graph.opset() >= 12 || is_float(dtype) && graph.opset() >= 6;
-    if !has_clip || !holds(least) || !holds(most) {
+    // A bound that lets nothing finite through is no open one.
+    let is_open = least < f64::INFINITY && most > f64::NEG_INFINITY;
+    if !has_clip || !is_open || !holds(least) || !holds(most) {
         return None;
     }
     let mut clip = Op::new("Clip").in_place_of(graph.op(node)?);
@@ -131,4 +133,27 @@ pub(super) fn flatten(graph: &mut Graph, node: NodeId) -> Option<()> {
         graph.sweep(inner);
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::text;
+
+    #[test]
+    fn a_bound_that_lets_nothing_finite_through_stays() {
+        let of = |bound: f64| {
+            let text = "<ir_version: 8, opset_import: [\"\": 17]>\ng (float[4] x) => (float[4] y)\n<float k = {1}>\n\
+                        {\n t = Relu (x)\n y = Min (t, k)\n}\n";
+            let mut graph = text::parse(text).unwrap().graph;
+            let (k, node) = (graph.values()["k"], graph.values()["y"].node);
+            graph.set_weight(k, Weight::dense(Tensor::f32(&[], &[bound as f32])));
+            let shapes = Shapes::infer(&graph, &BTreeMap::new());
+            merge(&mut graph, &shapes, node)
+        };
+        assert_eq!(of(2.0), Some(()));
+        assert_eq!(of(f64::NEG_INFINITY), None);
+    }
 }
